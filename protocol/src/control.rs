@@ -1,0 +1,288 @@
+//! Control messages between a sandbox and its VMM process.
+//!
+//! The two share one `SOCK_SEQPACKET` socket pair, inherited by the VMM as descriptor
+//! [`VMM_SOCKET_FD`]. A packet is one JSON message with the descriptors it speaks of attached
+//! (`SCM_RIGHTS`); a message names a descriptor by its index in that array ([`Fd`]). The VMM opens
+//! nothing itself: every file, socket and device it uses arrives this way.
+//!
+//! The sandbox sends [`Request`]s, each answered by one [`Reply`] with the same id, in any order; the
+//! VMM also sends [`Event`]s unasked. When either end closes the socket the VM ends.
+
+mod channel;
+#[cfg(test)]
+mod tests;
+
+pub use channel::{Channel, ChannelError, MAX_FDS, MAX_MESSAGE, Received};
+use serde::{Deserialize, Serialize};
+
+/// Descriptor number under which `bulkhead-vmm` inherits its end of the socket pair.
+pub const VMM_SOCKET_FD: i32 = 3;
+
+/// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
+pub const VERSION: u32 = 1;
+
+/// Index of a descriptor among those attached to the same message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Fd(pub u16);
+
+/// What the sandbox sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RequestMessage {
+    /// Chosen by the sender, returned in the reply.
+    pub id: u64,
+    /// The request.
+    pub request: Request,
+}
+
+/// A request to the VMM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Builds the VM and starts its vCPUs. The first request, and sent once.
+    Boot(Box<VmConfig>),
+    /// Stops all vCPUs and device workers at an instruction boundary.
+    Pause,
+    /// Lets a paused VM run on.
+    Resume,
+    /// Attaches a stream to a host vsock port: the next guest connection to `port` is joined to `far_end`
+    /// (a socket, FIFO, pipe, terminal or regular file) and the registration is used up.
+    VsockListen {
+        /// Host port.
+        port: u32,
+        /// The host end of the stream. A one-way descriptor serves a one-way stream.
+        far_end: Fd,
+    },
+    /// Withdraws a [`Request::VsockListen`] that no guest connection has used.
+    VsockUnlisten {
+        /// Host port.
+        port: u32,
+    },
+    /// Connects to a port the guest listens on; answered when the guest has accepted or refused.
+    VsockConnect {
+        /// Guest port.
+        port: u32,
+        /// The host end of the stream.
+        far_end: Fd,
+    },
+    /// Puts a backing into an empty disk slot; the guest sees the new capacity.
+    AttachDisk {
+        /// Slot number, below [`VmConfig::disk_slots`].
+        slot: u32,
+        /// The backing.
+        disk: Disk,
+    },
+    /// Empties a disk slot and closes its files.
+    DetachDisk {
+        /// Slot number.
+        slot: u32,
+    },
+    /// Asks the guest to give back memory until it is left with its size less `mib` MiB.
+    SetBalloon {
+        /// Size of the balloon in MiB.
+        mib: u32,
+    },
+    /// Last lines of the guest console and the state of the VM.
+    Inspect,
+}
+
+/// Everything a VM is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// [`VERSION`] of the sender.
+    pub version: u32,
+    /// vCPUs on line at boot, 1 to `max_vcpus`.
+    pub vcpus: u8,
+    /// vCPUs in the MP table, 1 to 32.
+    pub max_vcpus: u8,
+    /// Guest memory in MiB, 64 and up.
+    pub memory_mib: u32,
+    /// `/dev/kvm`, read-write.
+    pub kvm: Fd,
+    /// Uncompressed ELF `vmlinux`, readable and seekable.
+    pub kernel: Fd,
+    /// Appended to the command line the VMM builds.
+    pub command_line: String,
+    /// Root image (EROFS), mapped read-only as virtio-pmem device 0.
+    pub root: Fd,
+    /// Whether the guest gets a serial console; without one nothing of the kernel's messages is kept.
+    pub console: bool,
+    /// virtio-blk devices that exist from boot on; those not in `disks` are empty.
+    pub disk_slots: u32,
+    /// Backings present at boot, by slot.
+    pub disks: Vec<(u32, Disk)>,
+    /// Network devices.
+    pub nets: Vec<Net>,
+    /// The tree shared with the guest over virtio-fs.
+    pub share: Option<Share>,
+    /// Streams that await guest connections from the start, as [`Request::VsockListen`].
+    pub vsock_listeners: Vec<(u32, Fd)>,
+    /// Whether the guest gets a balloon with free page reporting.
+    pub balloon: bool,
+}
+
+/// A disk: one or more raw files, one behind the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Regular files or block devices; lengths are rounded down to 512 bytes for all but the last.
+    pub files: Vec<Fd>,
+    /// The guest may not write. Needed when there is more than one file.
+    pub read_only: bool,
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// Tap device with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached, non-blocking.
+    pub tap: Fd,
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Largest frame payload in bytes.
+    pub mtu: u16,
+}
+
+/// A virtio-fs device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// Mount tag, 1 to 36 bytes.
+    pub tag: String,
+    /// Directory descriptor of the root.
+    pub root: Fd,
+    /// Directory descriptor of `/proc/self/fd`, opened by the VMM's own process or one that sees it.
+    pub proc_self_fd: Option<Fd>,
+}
+
+/// What the VMM sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmmMessage {
+    /// Answer to a request.
+    Reply {
+        /// Id of the request.
+        id: u64,
+        /// What came of it; an error is the whole chain of causes in one line.
+        result: Result<Reply, String>,
+    },
+    /// Something happened.
+    Event(Event),
+}
+
+/// Successful answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Nothing to say.
+    Done,
+    /// The VM runs.
+    Booted(BootTimes),
+    /// Answer to [`Request::Inspect`].
+    Inspected(Inspection),
+}
+
+/// Phases of a boot: `CLOCK_MONOTONIC` in microseconds at the end of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootTimes {
+    /// `main` entered.
+    pub started: u64,
+    /// Configuration received.
+    pub configured: u64,
+    /// VM created, guest memory mapped.
+    pub memory: u64,
+    /// Kernel loaded.
+    pub kernel: u64,
+    /// Devices wired.
+    pub devices: u64,
+    /// First vCPU about to enter the guest.
+    pub running: u64,
+}
+
+/// State of a VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// Whether the vCPUs are stopped by [`Request::Pause`].
+    pub paused: bool,
+    /// The last console output, at most 16 KiB, invalid UTF-8 replaced.
+    pub console: String,
+    /// Virtio devices in order of their place on the bus, with state.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// State of one virtio device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// For example `blk2`.
+    pub name: String,
+    /// Device status register (virtio 1.2, 2.1); bit 6 set: the device stopped on a malformed queue.
+    pub status: u8,
+}
+
+/// Unasked messages.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// A guest connection took the registration of this host port.
+    VsockConnected {
+        /// Host port.
+        port: u32,
+    },
+    /// The stream of this host port (or connection to a guest port) is over in both directions and every
+    /// byte the guest sent has been written to the far end, or cannot be.
+    VsockClosed {
+        /// Port of the `VsockListen` or `VsockConnect` request.
+        port: u32,
+    },
+    /// The VM has ended; the process exits after this message.
+    Exited(Exit),
+}
+
+/// Why a VM ended, with the end of its console.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The reason.
+    pub reason: ExitReason,
+    /// The last console output, at most 4 KiB.
+    pub console: String,
+}
+
+/// Why a VM ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The agent powered the guest off.
+    PowerOff,
+    /// The guest asked for a reboot.
+    Reboot,
+    /// The guest kernel panicked.
+    Panic,
+    /// A vCPU shut down (triple fault).
+    TripleFault,
+    /// KVM could not run the guest.
+    KvmError(String),
+    /// The VMM failed.
+    VmmError(String),
+}
+
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("guest powered off"),
+            Self::Reboot => f.write_str("guest rebooted"),
+            Self::Panic => f.write_str("guest kernel panicked"),
+            Self::TripleFault => f.write_str("guest triple fault"),
+            Self::KvmError(error) => write!(f, "KVM could not run the guest: {error}"),
+            Self::VmmError(error) => write!(f, "VMM failed: {error}"),
+        }
+    }
+}
+
+/// I/O port by which the agent powers the guest off: it writes the byte [`POWER_OFF`].
+///
+/// x86 without ACPI has no power switch. The port is outside every range a PC device uses.
+pub const POWER_PORT: u16 = 0x600;
+
+/// Value written to [`POWER_PORT`].
+pub const POWER_OFF: u8 = 0x34;

@@ -1,0 +1,7 @@
+//! The virtual machine monitor of one pod.
+//!
+//! `bulkhead-vmm` (see `main.rs`) receives a [`bulkhead_protocol::control::VmConfig`] and every
+//! descriptor over one inherited socket, boots one VM and runs it. It knows nothing of containers.
+
+pub mod memory;
+pub mod virtio;

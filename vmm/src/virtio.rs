@@ -1,0 +1,7 @@
+//! virtio devices (virtio 1.2), independent of the transport that carries them.
+
+mod device;
+mod interrupt;
+
+pub use device::{Activation, DeviceError, VirtioDevice};
+pub use interrupt::Interrupt;
