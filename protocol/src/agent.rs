@@ -5,6 +5,7 @@
     clippy::unwrap_used,
     missing_debug_implementations,
     missing_docs,
+    nonstandard_style,
     unused
 )]
 mod generated {
