@@ -4,4 +4,5 @@
 //! descriptor over one inherited socket, boots one VM and runs it. It knows nothing of containers.
 
 pub mod memory;
+pub mod probe;
 pub mod virtio;
