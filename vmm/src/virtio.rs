@@ -2,6 +2,9 @@
 
 mod device;
 mod interrupt;
+pub mod queue;
+#[cfg(test)]
+pub(crate) mod test_queue;
 
 pub use device::{Activation, DeviceError, VirtioDevice};
 pub use interrupt::Interrupt;

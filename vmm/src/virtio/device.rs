@@ -28,6 +28,9 @@ pub enum DeviceError {
     /// A queue's rings are not consistent: index ran ahead, loop, address out of range.
     #[error("Virtqueue is malformed")]
     Queue(#[source] virtio_queue::Error),
+    /// A descriptor chain is not one.
+    #[error("Descriptor chain is malformed")]
+    Chain(#[source] super::queue::ChainError),
     /// Guest memory named by the driver is not there.
     #[error("Guest memory is out of range")]
     Memory(#[source] vm_memory::GuestMemoryError),
