@@ -1,0 +1,197 @@
+//! Client of the guest agent.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use bulkhead_protocol::agent::{
+    self, AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse,
+    CreateContainerRequest, Event, EventsRequest, ExecProcessRequest, HelloRequest, HelloResponse,
+    ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, RemoveContainerRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SetupSandboxRequest, ShutdownRequest,
+    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
+};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::asynchronous::{Client, ClientStreamReceiver};
+use ttrpc::context::Context;
+use ttrpc::proto::Code;
+
+use crate::error::{Error, Kind};
+use crate::vm::Vm;
+
+/// Longest agent message shown in an error, in characters.
+const MESSAGE_LIMIT: usize = 1024;
+
+/// How long after a lost connection the end of the VM, its likely cause, is waited for.
+const END_WAIT: Duration = Duration::from_secs(1);
+
+/// Connection to the agent of one VM.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    vm: Vm,
+    limit: Duration,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent")
+            .field("vm", &self.vm)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Stream of the agent's events.
+pub type Events = ClientStreamReceiver<Event>;
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// The agent's refusal, [`Error::Timeout`], or the end of the VM.
+        pub async fn $name(&self, request: &$request) -> Result<$response, Error> {
+            self.call($phase, self.limit, self.client.$name(Context::default(), request)).await
+        }
+    )*};
+}
+
+impl Agent {
+    /// Uses the host's end of the agent's stream; requests have `limit` as their deadline.
+    ///
+    /// # Errors
+    /// The descriptor is not a usable socket.
+    pub fn new(stream: OwnedFd, vm: Vm, limit: Duration) -> std::io::Result<Self> {
+        let stream = std::os::unix::net::UnixStream::from(stream);
+        stream.set_nonblocking(true)?;
+        let socket = Socket::new(tokio::net::UnixStream::from_std(stream)?);
+        Ok(Self {
+            client: AgentClient::new(Client::new(socket)),
+            vm,
+            limit,
+        })
+    }
+
+    /// Waits until the agent serves, and checks its version.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after `limit`, [`Error::AgentVersion`], or the end of the VM.
+    pub async fn hello(&self, limit: Duration) -> Result<HelloResponse, Error> {
+        let request = HelloRequest {
+            version: agent::VERSION,
+            ..HelloRequest::default()
+        };
+        let hello = self
+            .call(
+                "guest kernel boot and agent start",
+                limit,
+                self.client.hello(Context::default(), &request),
+            )
+            .await?;
+        if hello.version != agent::VERSION {
+            return Err(Error::AgentVersion {
+                got: hello.version,
+                want: agent::VERSION,
+            });
+        }
+        Ok(hello)
+    }
+
+    /// Subscribes to exits and out-of-memory kills.
+    ///
+    /// # Errors
+    /// The stream could not be opened.
+    pub async fn events(&self) -> Result<Events, Error> {
+        self.call(
+            "event subscription",
+            self.limit,
+            self.client.events(Context::default(), &EventsRequest::default()),
+        )
+        .await
+    }
+
+    calls! {
+        /// Names the guest and mounts the shared tree.
+        setup_sandbox, "sandbox setup", SetupSandboxRequest => agent::SetupSandboxResponse;
+        /// Sets up the guest's interfaces.
+        configure_network, "network setup", ConfigureNetworkRequest => agent::ConfigureNetworkResponse;
+        /// Creates a container.
+        create_container, "container creation", CreateContainerRequest => agent::CreateContainerResponse;
+        /// Starts a container.
+        start_container, "container start", StartContainerRequest => agent::StartContainerResponse;
+        /// Starts a process in a container.
+        exec_process, "process start", ExecProcessRequest => agent::ExecProcessResponse;
+        /// Signals a process.
+        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse;
+        /// Resizes a terminal.
+        resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
+        /// Changes limits.
+        update_container, "update of limits", UpdateContainerRequest => agent::UpdateContainerResponse;
+        /// Freezes a container.
+        pause_container, "pause", PauseContainerRequest => agent::PauseContainerResponse;
+        /// Thaws a container.
+        resume_container, "resume", ResumeContainerRequest => agent::ResumeContainerResponse;
+        /// Reads a container's counters.
+        container_stats, "statistics", ContainerStatsRequest => ContainerStatsResponse;
+        /// Lists a container's processes.
+        list_processes, "process list", ListProcessesRequest => ListProcessesResponse;
+        /// Removes a container.
+        remove_container, "container removal", RemoveContainerRequest => agent::RemoveContainerResponse;
+        /// Ends the guest.
+        shutdown, "guest shutdown", ShutdownRequest => agent::ShutdownResponse;
+    }
+
+    async fn call<T>(
+        &self,
+        phase: &'static str,
+        limit: Duration,
+        future: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, Error> {
+        let answer = tokio::select! {
+            biased;
+            answer = tokio::time::timeout(limit, future) => answer,
+            end = self.vm.ended() => return Err(Error::Ended((*end).clone())),
+        };
+        match answer {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => {
+                let message = status
+                    .message
+                    .chars()
+                    .filter(|c| !c.is_control())
+                    .take(MESSAGE_LIMIT)
+                    .collect();
+                Err(Error::Agent {
+                    phase,
+                    kind: kind(status.code()),
+                    message,
+                })
+            }
+            Ok(Err(error)) => match tokio::time::timeout(END_WAIT, self.vm.ended()).await {
+                Ok(end) => Err(Error::Ended((*end).clone())),
+                Err(_) => Err(Error::AgentLost {
+                    phase,
+                    message: error.to_string(),
+                }),
+            },
+            Err(_) => Err(Error::Timeout {
+                phase,
+                limit,
+                console: self.vm.console_tail().await,
+            }),
+        }
+    }
+}
+
+fn kind(code: Code) -> Kind {
+    match code {
+        Code::NOT_FOUND => Kind::NotFound,
+        Code::ALREADY_EXISTS => Kind::AlreadyExists,
+        Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => Kind::InvalidArgument,
+        Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
+        Code::UNIMPLEMENTED => Kind::Unimplemented,
+        Code::DEADLINE_EXCEEDED => Kind::DeadlineExceeded,
+        Code::UNAVAILABLE => Kind::Unavailable,
+        _ => Kind::Internal,
+    }
+}

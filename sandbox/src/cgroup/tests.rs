@@ -1,0 +1,85 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn ok(path: &str) -> String {
+    translate(Some(path), "id").unwrap().to_str().unwrap().to_owned()
+}
+
+#[test]
+fn plain_paths_are_relative_to_the_root() {
+    assert_eq!(ok("/default/a"), "default/a");
+    assert_eq!(ok("default/a"), "default/a");
+    assert_eq!(ok("/kubepods/burstable/pod1/abc"), "kubepods/burstable/pod1/abc");
+}
+
+#[test]
+fn an_absent_path_is_made_from_the_id() {
+    assert_eq!(translate(None, "x").unwrap(), Path::new("bulkhead/x"));
+    assert_eq!(translate(Some(""), "x").unwrap(), Path::new("bulkhead/x"));
+}
+
+#[test]
+fn systemd_paths_become_directories() {
+    assert_eq!(
+        ok("kubepods-burstable-podx.slice:cri-containerd:abc"),
+        "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice/cri-containerd-abc.scope"
+    );
+    assert_eq!(ok(":docker:abc"), "system.slice/docker-abc.scope");
+    assert_eq!(ok("-.slice::abc"), "abc.scope");
+    assert_eq!(ok("user.slice:x:a.slice"), "user.slice/a.slice");
+}
+
+#[test]
+fn paths_that_leave_the_hierarchy_are_refused() {
+    for path in [
+        "/",
+        "..",
+        "/a/../b",
+        "../x",
+        "a:b",
+        "a:b:c:d",
+        "x.slice:p:",
+        "nodot:p:n",
+        "a--b.slice:p:n",
+        "x.slice:p:../n",
+    ] {
+        assert!(
+            matches!(translate(Some(path), "id"), Err(CgroupError::Path(_))),
+            "{path}"
+        );
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_result_never_leaves_the_root(path in ".{0,40}") {
+        if let Ok(relative) = translate(Some(&path), "id") {
+            prop_assert!(relative.is_relative());
+            prop_assert!(relative.components().all(|part| matches!(part, Component::Normal(_))));
+            prop_assert!(relative.components().count() > 0);
+        }
+    }
+}
+
+#[test]
+fn directories_are_made_and_removed_in_a_plain_tree() {
+    let root = std::env::temp_dir().join(format!("bulkhead-cgroup-{}", std::process::id()));
+    fs::create_dir(&root).unwrap();
+    let cgroup = Cgroup {
+        root: root.clone(),
+        relative: "a/b/c".into(),
+    };
+    cgroup.create().unwrap();
+    cgroup.create().unwrap();
+    assert!(cgroup.path().is_dir());
+    assert_eq!(cgroup.oom_kills(), 0);
+    fs::write(cgroup.path().join("memory.events"), "low 0\noom 2\noom_kill 1\n").unwrap();
+    assert_eq!(cgroup.oom_kills(), 1);
+    // A cgroup holds no real files; outside of one the directory is not empty and stays.
+    assert!(matches!(cgroup.remove(), Err(CgroupError::Remove(..))));
+    fs::remove_dir_all(&root).unwrap();
+    cgroup.remove().unwrap();
+}

@@ -1,0 +1,493 @@
+//! One sandbox: a VM, its agent, and the containers in it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use oci_spec::runtime::Spec;
+use tokio::sync::watch;
+
+use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::config::Configuration;
+use crate::error::Error;
+use crate::journal::Journal;
+use crate::mount::Mount;
+use crate::network::GuestNetwork;
+use crate::process::{Container, Exit, KILLED, Status, ToldExit};
+use crate::storage::SharedTree;
+use crate::streams::{ProcessStreams, StreamTable};
+use crate::timeline::Timeline;
+use crate::vm::{Vm, VmEnd};
+
+mod boot;
+mod lifecycle;
+mod requests;
+
+/// How long the exits of a container's other processes may follow init's.
+const HOLD_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a process's output may take to drain after its end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long an orderly shutdown of a guest with writable disks may take.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// What happens in a sandbox. Events of one process come in the order of its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SandboxEvent {
+    /// A container exists.
+    Created {
+        /// Container id.
+        container: String,
+    },
+    /// A process runs. The init process has an empty exec id, here and below.
+    Started {
+        /// Container id.
+        container: String,
+        /// Exec id.
+        exec: String,
+    },
+    /// A process was added and waits for its start.
+    ExecAdded {
+        /// Container id.
+        container: String,
+        /// Exec id.
+        exec: String,
+    },
+    /// A process has ended.
+    Exited {
+        /// Container id.
+        container: String,
+        /// Exec id.
+        exec: String,
+        /// How.
+        exit: Exit,
+    },
+    /// The guest's kernel killed a process of the container for lack of memory.
+    OutOfMemory {
+        /// Container id.
+        container: String,
+    },
+    /// A container is frozen.
+    Paused {
+        /// Container id.
+        container: String,
+    },
+    /// A container runs again.
+    Resumed {
+        /// Container id.
+        container: String,
+    },
+    /// A container is gone.
+    Deleted {
+        /// Container id.
+        container: String,
+        /// How its init process ended.
+        exit: Exit,
+    },
+}
+
+/// Receives a sandbox's events, in order. Called with the sandbox's state locked: it must neither wait
+/// nor call the sandbox.
+pub trait EventSink: Send + Sync {
+    /// Takes one event.
+    fn event(&self, event: SandboxEvent);
+}
+
+/// What a sandbox is made from.
+pub struct SandboxOptions {
+    /// Id of the sandbox.
+    pub id: String,
+    /// Configuration, annotations applied.
+    pub config: Configuration,
+    /// Host name of the guest; empty: the id.
+    pub hostname: String,
+    /// Kernel parameters of the guest (`linux.sysctl`).
+    pub sysctls: HashMap<String, String>,
+    /// Size of the pod's `/dev/shm` in bytes.
+    pub shm_size: u64,
+    /// `oom_score_adj` of the VMM.
+    pub oom_score_adj: i32,
+    /// The pod's cgroup; the calling process is in it already.
+    pub cgroup: Option<Cgroup>,
+    /// Where the calling process goes when the pod's cgroup is removed, relative to the hierarchy's root.
+    pub home_cgroup: Option<PathBuf>,
+    /// The sandbox's journal.
+    pub journal: Journal,
+    /// Interfaces of the pod for the guest.
+    pub network: GuestNetwork,
+    /// Marks of the start.
+    pub timeline: Timeline,
+}
+
+impl std::fmt::Debug for SandboxOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SandboxOptions")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A container to create.
+#[derive(Debug)]
+pub struct ContainerRequest {
+    /// Container id.
+    pub id: String,
+    /// OCI specification as the host sees it.
+    pub spec: Spec,
+    /// The bundle's directory, absolute.
+    pub bundle: PathBuf,
+    /// Mounts that make the root file system; none: `root.path`.
+    pub root: Vec<Mount>,
+    /// Host ends of the init process's streams.
+    pub stdio: crate::streams::Stdio,
+    /// The container stands for the sandbox itself: no process runs for it in the guest.
+    pub is_sandbox: bool,
+}
+
+/// A process to add to a container.
+#[derive(Debug)]
+pub struct ExecRequest {
+    /// Container id.
+    pub container: String,
+    /// Id of the process.
+    pub exec: String,
+    /// OCI `Process` object as JSON.
+    pub process_json: Vec<u8>,
+}
+
+/// A process's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessState {
+    /// The state.
+    pub status: Status,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+/// A process of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessInfo {
+    /// Process id in the guest's initial pid namespace.
+    pub pid: u32,
+    /// Exec id; empty: init or a descendant.
+    pub exec: String,
+}
+
+/// A VM that runs and an agent that serves.
+#[derive(Clone, Debug)]
+struct Guest {
+    vm: Vm,
+    agent: Agent,
+    tree: SharedTree,
+}
+
+#[derive(Clone, Debug)]
+enum Boot {
+    Pending,
+    Ready(Guest),
+    Failed(Arc<Error>),
+}
+
+struct Record {
+    machine: Container,
+    is_sandbox: bool,
+    deleting: bool,
+    streams: HashMap<String, ProcessStreams>,
+    exits: HashMap<String, watch::Sender<Option<Exit>>>,
+    execs: HashMap<String, Vec<u8>>,
+    sizes: HashMap<String, (u32, u32)>,
+    slots: Vec<u32>,
+}
+
+impl Record {
+    fn new(id: &str, is_sandbox: bool) -> Self {
+        Self {
+            machine: Container::new(id),
+            is_sandbox,
+            deleting: false,
+            streams: HashMap::new(),
+            exits: HashMap::from([(String::new(), watch::Sender::new(None))]),
+            execs: HashMap::new(),
+            sizes: HashMap::new(),
+            slots: Vec::new(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    containers: HashMap<String, Record>,
+    slots: Vec<bool>,
+    vm: Option<Vm>,
+}
+
+struct Inner {
+    id: String,
+    config: Configuration,
+    hostname: String,
+    sysctls: HashMap<String, String>,
+    shm_size: u64,
+    oom_score_adj: i32,
+    cgroup: Option<Cgroup>,
+    home_cgroup: Option<PathBuf>,
+    journal: Mutex<Option<Journal>>,
+    network: Mutex<GuestNetwork>,
+    timeline: Timeline,
+    sink: Arc<dyn EventSink>,
+    state: Mutex<State>,
+    streams: StreamTable,
+    boot: watch::Sender<Boot>,
+    stopping: AtomicBool,
+}
+
+/// Handle of a sandbox. Its methods answer at once unless they say that they wait.
+#[derive(Clone)]
+pub struct Sandbox(Arc<Inner>);
+
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox")
+            .field("id", &self.0.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Sandbox {
+    /// Makes a sandbox and begins to boot its VM. With `refusal` nothing is booted and every container
+    /// is refused with that error.
+    ///
+    /// Call it on the main thread, inside a current-thread runtime: the VMM dies with the thread that
+    /// starts it.
+    #[must_use]
+    pub fn start(options: SandboxOptions, sink: Arc<dyn EventSink>, refusal: Option<Error>) -> Self {
+        let slots = usize::try_from(options.config.disk_slots).unwrap_or_default();
+        let sandbox = Self(Arc::new(Inner {
+            id: options.id,
+            hostname: options.hostname,
+            sysctls: options.sysctls,
+            shm_size: options.shm_size,
+            oom_score_adj: options.oom_score_adj,
+            cgroup: options.cgroup,
+            home_cgroup: options.home_cgroup,
+            journal: Mutex::new(Some(options.journal)),
+            network: Mutex::new(options.network),
+            timeline: options.timeline,
+            sink,
+            state: Mutex::new(State {
+                slots: vec![false; slots],
+                ..State::default()
+            }),
+            streams: StreamTable::default(),
+            boot: watch::Sender::new(Boot::Pending),
+            stopping: AtomicBool::new(false),
+            config: options.config,
+        }));
+        match refusal {
+            Some(error) => {
+                sandbox.0.boot.send_replace(Boot::Failed(Arc::new(error)));
+            }
+            None => {
+                let booting = sandbox.clone();
+                tokio::spawn(async move { booting.run_boot().await });
+            }
+        }
+        sandbox
+    }
+
+    /// The sandbox's id.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.0.id
+    }
+
+    /// The marks of its start.
+    #[must_use]
+    pub fn timeline(&self) -> &Timeline {
+        &self.0.timeline
+    }
+
+    /// Whether no container is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().containers.is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `action` on a container's record.
+    fn with<T>(&self, id: &str, action: impl FnOnce(&mut Record) -> Result<T, Error>) -> Result<T, Error> {
+        let mut state = self.lock();
+        let record = state
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        action(record)
+    }
+
+    /// Waits until the agent serves.
+    async fn guest(&self) -> Result<Guest, Error> {
+        let mut boot = self.0.boot.subscribe();
+        let state = boot.wait_for(|state| !matches!(state, Boot::Pending)).await;
+        match state.map(|state| state.clone()) {
+            Ok(Boot::Ready(guest)) => match guest.vm.end() {
+                Some(end) => Err(Error::Ended((*end).clone())),
+                None => Ok(guest),
+            },
+            Ok(Boot::Failed(error)) => Err(Error::Boot(error)),
+            Ok(Boot::Pending) | Err(_) => Err(Error::NoContainer(self.0.id.clone())),
+        }
+    }
+
+    /// The agent, if it serves now.
+    fn agent_now(&self) -> Result<Agent, Error> {
+        match &*self.0.boot.borrow() {
+            Boot::Ready(guest) => match guest.vm.end() {
+                Some(end) => Err(Error::Ended((*end).clone())),
+                None => Ok(guest.agent.clone()),
+            },
+            Boot::Failed(error) => Err(Error::Boot(Arc::clone(error))),
+            Boot::Pending => Err(Error::State {
+                what: format!("Sandbox {}", self.0.id),
+                state: "starting",
+                operation: "ask its agent",
+            }),
+        }
+    }
+
+    fn vm_now(&self) -> Option<Vm> {
+        self.lock().vm.clone()
+    }
+
+    /// Tells exits in their order: the event, then whoever waits.
+    fn tell(&self, container: &str, record: &mut Record, told: Vec<ToldExit>) {
+        for ToldExit { exec, exit } in told {
+            if let Some(streams) = record.streams.get(&exec) {
+                self.0.streams.close_stdin(streams);
+            }
+            self.0.sink.event(SandboxEvent::Exited {
+                container: container.into(),
+                exec: exec.clone(),
+                exit,
+            });
+            if let Some(sender) = record.exits.get(&exec) {
+                sender.send_replace(Some(exit));
+            }
+        }
+    }
+
+    /// A process has ended, says the agent.
+    fn process_exited(&self, container: &str, exec: &str, status: u32) {
+        let exit = Exit {
+            status: status.min(255),
+            at_ns: now_ns(),
+        };
+        let holding = self.with(container, |record| {
+            let told = record.machine.exited(exec, exit);
+            self.tell(container, record, told);
+            Ok(record.machine.is_holding())
+        });
+        if holding.is_ok_and(|holding| holding) {
+            let sandbox = self.clone();
+            let container = container.to_owned();
+            tokio::spawn(async move {
+                tokio::time::sleep(HOLD_LIMIT).await;
+                let _ = sandbox.with(&container, |record| {
+                    let told = record.machine.force_release();
+                    sandbox.tell(&container, record, told);
+                    Ok(())
+                });
+            });
+        }
+    }
+
+    /// The VM has ended: so has everything in it.
+    fn vm_ended(&self, end: &VmEnd) {
+        let expected = self.0.stopping.load(Ordering::Relaxed);
+        if expected {
+            log::debug!("sandbox {}: the virtual machine has ended: {end}", self.0.id);
+        } else {
+            log::error!("sandbox {}: the virtual machine has ended: {end}", self.0.id);
+        }
+        // What the guest wrote before its end is in the FIFOs: nothing more will come.
+        self.0.streams.all_ended();
+        let exit = Exit {
+            status: KILLED,
+            at_ns: now_ns(),
+        };
+        let mut state = self.lock();
+        for (id, record) in &mut state.containers {
+            let alive = record.machine.is_alive();
+            let told = record.machine.lost(exit);
+            if alive {
+                self.tell(id, record, told);
+            } else {
+                // Never started: whoever waits gets an answer, but there was no exit to announce.
+                for exit in told {
+                    if let Some(sender) = record.exits.get(&exit.exec) {
+                        sender.send_replace(Some(exit.exit));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the VM and gives back everything the sandbox has acquired. Waits until it is done.
+    ///
+    /// # Errors
+    /// What could not be given back; the journal stays then.
+    pub async fn stop(&self) -> Result<(), Error> {
+        self.0.stopping.store(true, Ordering::Relaxed);
+        // A boot under way sees the flag, or finds its VM killed.
+        if let Some(vm) = self.vm_now() {
+            let has_disks = self.lock().slots.iter().any(|used| *used);
+            if has_disks && let Ok(agent) = self.agent_now() {
+                let ended = async {
+                    agent
+                        .shutdown(&bulkhead_protocol::agent::ShutdownRequest::default())
+                        .await?;
+                    Ok::<_, Error>(vm.ended().await)
+                };
+                let _ = tokio::time::timeout(SHUTDOWN_LIMIT, ended).await;
+            }
+            vm.kill();
+            let _ = tokio::time::timeout(SHUTDOWN_LIMIT, vm.ended()).await;
+        }
+        let ids: Vec<String> = self.lock().containers.drain().map(|(id, _)| id).collect();
+        if let Boot::Ready(guest) = &*self.0.boot.borrow() {
+            for id in ids {
+                guest.tree.remove(&id);
+            }
+        }
+        self.0.timeline.save(&self.0.id);
+        // A process in the cgroup would keep it: this one goes back to where it came from.
+        if let (Some(_), Some(home)) = (&self.0.cgroup, &self.0.home_cgroup) {
+            Cgroup::new(home.clone()).add(std::process::id())?;
+        }
+        let journal = self
+            .0
+            .journal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        journal.map_or(Ok(()), Journal::finish)?;
+        Ok(())
+    }
+}
+
+/// Nanoseconds since the Unix epoch; never zero.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).max(1)
+}
+
+/// A copy of a descriptor for a message.
+fn duplicate(fd: &impl AsFd) -> std::io::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned()
+}

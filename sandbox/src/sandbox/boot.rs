@@ -1,0 +1,236 @@
+//! From nothing to an agent that serves.
+
+use bulkhead_protocol::agent::{SetupSandboxRequest, event};
+use bulkhead_protocol::control::{self, BootTimes, Share, VmConfig};
+use bulkhead_protocol::ports;
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::agent::Events;
+use crate::error::chain;
+use crate::journal::{Entry, Role};
+use crate::vm::{Descriptors, VmError, VsockEvent, open_for_vm};
+
+/// Tag of the shared tree's virtio-fs device.
+const SHARE_TAG: &str = "bulkhead";
+
+impl Sandbox {
+    pub(super) async fn run_boot(self) {
+        let result = self.boot().await;
+        let state = match result {
+            Ok(guest) => Boot::Ready(guest),
+            Err(error) => {
+                log::error!("sandbox {} did not start: {}", self.0.id, chain(&error));
+                if let Some(vm) = self.vm_now() {
+                    vm.kill();
+                }
+                Boot::Failed(Arc::new(error))
+            }
+        };
+        self.0.boot.send_replace(state);
+    }
+
+    /// Reads top to bottom as the order of the start.
+    async fn boot(&self) -> Result<Guest, Error> {
+        let limit = Duration::from_secs(self.0.config.boot_timeout_s.into());
+        let (events, vsock_events) = mpsc::unbounded_channel();
+        // The VMM process starts first: everything below happens while it initialises.
+        let vm = Vm::start(
+            &self.0.config.vmm_path(),
+            self.0.cgroup.clone(),
+            self.0.oom_score_adj,
+            events,
+        )?;
+        self.0.timeline.mark("vmm_spawned");
+        self.adopt(&vm, vsock_events)?;
+
+        let state_dir = self.state_dir();
+        let tree = SharedTree::create(&state_dir.join("shared"))?;
+        let (agent_stream, config, descriptors) = self.vm_config(&tree)?;
+        let agent = Agent::new(
+            agent_stream,
+            vm.clone(),
+            Duration::from_secs(self.0.config.request_timeout_s.into()),
+        )
+        .map_err(VmError::Descriptor)?;
+        let times = tokio::select! {
+            biased;
+            times = vm.boot(config, descriptors) => match times {
+                // The reason of the end says more than the broken request.
+                Err(VmError::Gone) => return Err(Error::Ended((*vm.ended().await).clone())),
+                times => times?,
+            },
+            () = tokio::time::sleep(limit) => {
+                return Err(Error::Timeout { phase: "VMM set-up", limit, console: String::new() });
+            }
+        };
+        self.mark_boot(&times);
+
+        let hello = agent.hello(limit).await?;
+        self.0
+            .timeline
+            .mark_at("agent_main", times.running + hello.main_uptime_us);
+        self.0
+            .timeline
+            .mark_at("agent_ready", times.running + hello.ready_uptime_us);
+        self.0.timeline.mark("agent_answered");
+
+        agent.setup_sandbox(&self.setup_request()).await?;
+        let network = self
+            .0
+            .network
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .request
+            .take();
+        if let Some(request) = network {
+            agent.configure_network(&request).await?;
+        }
+        let events = agent.events().await?;
+        self.0.timeline.mark("sandbox_ready");
+        let listener = self.clone();
+        tokio::spawn(async move { listener.run_events(events).await });
+        Ok(Guest { vm, agent, tree })
+    }
+
+    fn state_dir(&self) -> PathBuf {
+        let journal = self.0.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal
+            .as_ref()
+            .map_or_else(PathBuf::new, |journal| journal.directory().to_owned())
+    }
+
+    /// Writes the VMM down and watches it.
+    fn adopt(&self, vm: &Vm, mut vsock_events: mpsc::UnboundedReceiver<VsockEvent>) -> Result<(), Error> {
+        let process = vm.process();
+        let entry = Entry::Process {
+            pid: process.pid,
+            start_time: process.start_time,
+            role: Role::Vmm,
+        };
+        if let Some(journal) = &*self.0.journal.lock().unwrap_or_else(PoisonError::into_inner) {
+            journal.record(&entry)?;
+        }
+        self.lock().vm = Some(vm.clone());
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            while let Some(event) = vsock_events.recv().await {
+                match event {
+                    VsockEvent::Connected(port) => log::debug!("stream {port} connected"),
+                    VsockEvent::Closed(port) => sandbox.0.streams.ended(port),
+                }
+            }
+        });
+        let (sandbox, vm) = (self.clone(), vm.clone());
+        tokio::spawn(async move {
+            let end = vm.ended().await;
+            sandbox.vm_ended(&end);
+        });
+        Ok(())
+    }
+
+    /// The host's end of the agent's stream, and the VM's description with its descriptors.
+    fn vm_config(&self, tree: &SharedTree) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
+        let config = &self.0.config;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Descriptor)?;
+        let mut fds = Descriptors::default();
+        let kvm = fds.add(open_for_vm("KVM", "/dev/kvm".as_ref(), true)?);
+        let kernel = fds.add(open_for_vm("guest kernel", &config.kernel, false)?);
+        let root = fds.add(open_for_vm("root image", &config.image, false)?);
+        let share = fds.add(tree.open()?);
+        let agent = fds.add(theirs.into());
+        let mut nets = Vec::new();
+        for net in &self.0.network.lock().unwrap_or_else(PoisonError::into_inner).nets {
+            let tap = fds.add(duplicate(&net.tap).map_err(VmError::Descriptor)?);
+            nets.push(control::Net {
+                tap,
+                mac: net.mac,
+                mtu: net.mtu,
+            });
+        }
+        let vm_config = VmConfig {
+            version: control::VERSION,
+            vcpus: config.vcpus,
+            max_vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kvm,
+            kernel,
+            command_line: config.kernel_parameters.clone(),
+            root,
+            console: config.console,
+            disk_slots: config.disk_slots,
+            disks: Vec::new(),
+            nets,
+            share: Some(Share {
+                tag: SHARE_TAG.into(),
+                root: share,
+                proc_self_fd: None,
+            }),
+            vsock_listeners: vec![(ports::AGENT, agent)],
+            balloon: config.balloon,
+        };
+        Ok((ours.into(), vm_config, fds.into_vec()))
+    }
+
+    fn mark_boot(&self, times: &BootTimes) {
+        let timeline = &self.0.timeline;
+        for (phase, time) in [
+            ("vmm_main", times.started),
+            ("vmm_configured", times.configured),
+            ("vmm_memory", times.memory),
+            ("vmm_kernel_loaded", times.kernel),
+            ("vmm_devices", times.devices),
+            ("vm_running", times.running),
+        ] {
+            timeline.mark_at(phase, time);
+        }
+    }
+
+    fn setup_request(&self) -> SetupSandboxRequest {
+        SetupSandboxRequest {
+            sandbox_id: self.0.id.clone(),
+            hostname: self.0.hostname.clone(),
+            realtime_ns: now_ns(),
+            shared_tag: SHARE_TAG.into(),
+            sysctls: self.0.sysctls.clone(),
+            shm_size: self.0.shm_size,
+            ..SetupSandboxRequest::default()
+        }
+    }
+
+    /// Takes the agent's events until the connection ends. Without them exits would be lost, so the VM
+    /// does not outlive them.
+    async fn run_events(self, mut events: Events) {
+        while let Ok(Some(message)) = events.recv().await {
+            match message.kind {
+                Some(event::Kind::Exited(exited)) => {
+                    self.process_exited(&exited.container_id, &exited.exec_id, exited.exit_status);
+                }
+                Some(event::Kind::Oom(oom)) => {
+                    let container = oom.container_id;
+                    let known = self.lock().containers.contains_key(&container);
+                    if known {
+                        self.0.sink.event(SandboxEvent::OutOfMemory { container });
+                    }
+                }
+                Some(_) | None => log::warn!("the agent sent an unknown event"),
+            }
+        }
+        if let Some(vm) = self.vm_now()
+            && vm.end().is_none()
+            && !self.0.stopping.load(Ordering::Relaxed)
+        {
+            // The end of the VM breaks the connection first; give it the time to be seen.
+            if tokio::time::timeout(Duration::from_secs(1), vm.ended())
+                .await
+                .is_err()
+            {
+                log::error!(
+                    "sandbox {}: the agent's event stream ended: killing the VM",
+                    self.0.id
+                );
+                vm.kill();
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Questions and small requests about containers.
+
+use bulkhead_protocol::agent::{
+    ContainerStatsRequest, ContainerStatsResponse, ListProcessesRequest, PauseContainerRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SignalProcessRequest, UpdateContainerRequest,
+};
+
+use super::*;
+use crate::error::Kind;
+
+impl Sandbox {
+    /// A process's state.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], [`Error::NoProcess`].
+    pub fn state(&self, id: &str, exec: &str) -> Result<ProcessState, Error> {
+        self.with(id, |record| {
+            Ok(ProcessState {
+                status: record.machine.status(exec)?,
+                exit: record.machine.process(exec)?.exit(),
+            })
+        })
+    }
+
+    /// Waits for the end of a process.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], [`Error::NoProcess`], also when it is deleted before it has run.
+    pub async fn wait(&self, id: &str, exec: &str) -> Result<Exit, Error> {
+        let mut receiver = self.with(id, |record| {
+            record.machine.process(exec)?;
+            let sender = record.exits.get(exec).ok_or_else(|| Error::NoProcess {
+                container: id.into(),
+                exec: exec.into(),
+            })?;
+            Ok(sender.subscribe())
+        })?;
+        let exit = receiver
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|exit| *exit);
+        exit.ok_or_else(|| Error::NoContainer(id.into()))
+    }
+
+    /// Sends a signal to a process, or to every process of the container.
+    ///
+    /// # Errors
+    /// [`Error::Finished`], [`Error::State`], or the agent's reason.
+    pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let is_sandbox = self.with(id, |record| {
+            record.machine.check_signal(exec)?;
+            Ok(record.is_sandbox)
+        })?;
+        if is_sandbox {
+            self.signal_sandbox(id, signal);
+            return Ok(());
+        }
+        let request = SignalProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            signal,
+            all,
+            ..SignalProcessRequest::default()
+        };
+        match self.agent_now()?.signal_process(&request).await {
+            Err(Error::Agent {
+                kind: Kind::NotFound, ..
+            }) => Err(Error::Finished),
+            // The machine's end kills better than any signal.
+            Err(Error::Ended(_)) if signal == libc::SIGKILL.unsigned_abs() => Ok(()),
+            result => result.map(drop),
+        }
+    }
+
+    /// The sandbox container has no process: the signals that would end its pause process end it.
+    fn signal_sandbox(&self, id: &str, signal: u32) {
+        let deadly = [
+            libc::SIGKILL,
+            libc::SIGTERM,
+            libc::SIGINT,
+            libc::SIGQUIT,
+            libc::SIGHUP,
+        ];
+        if !deadly.iter().any(|deadly| deadly.unsigned_abs() == signal) {
+            return;
+        }
+        let exit = Exit {
+            status: 128 + signal,
+            at_ns: now_ns(),
+        };
+        let _ = self.with(id, |record| {
+            let told = record.machine.exited("", exit);
+            self.tell(id, record, told);
+            Ok(())
+        });
+    }
+
+    /// Closes a process's stdin: it sees the end once it has read what is there.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], [`Error::NoProcess`].
+    pub fn close_stdin(&self, id: &str, exec: &str) -> Result<(), Error> {
+        self.with(id, |record| {
+            record.machine.process(exec)?;
+            if let Some(streams) = record.streams.get(exec) {
+                self.0.streams.close_stdin(streams);
+            }
+            Ok(())
+        })
+    }
+
+    /// Sets the size of a process's terminal; without a terminal nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], [`Error::NoProcess`], or the agent's reason.
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec: &str,
+        terminal: bool,
+        width: u32,
+        height: u32,
+    ) -> Result<(), Error> {
+        let live = self.with(id, |record| {
+            record.machine.process(exec)?;
+            record.sizes.insert(exec.into(), (width, height));
+            // Before its streams are open the size waits for the start.
+            Ok(record.streams.contains_key(exec) && !record.is_sandbox)
+        })?;
+        if !live || !terminal {
+            return Ok(());
+        }
+        let request = ResizeTerminalRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            width,
+            height,
+            ..ResizeTerminalRequest::default()
+        };
+        self.agent_now()?.resize_terminal(&request).await.map(drop)
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// [`Error::State`] unless it runs, or the agent's reason.
+    pub async fn pause(&self, id: &str) -> Result<(), Error> {
+        self.refuse_for_sandbox(id, "pausing the sandbox container")?;
+        let agent = self.agent_now()?;
+        self.with(id, |record| record.machine.begin_pause())?;
+        let request = PauseContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let result = agent.pause_container(&request).await;
+        self.with(id, |record| {
+            if record.machine.pause_done(result.is_ok()) {
+                self.0.sink.event(SandboxEvent::Paused { container: id.into() });
+            }
+            Ok(())
+        })?;
+        result.map(drop)
+    }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// [`Error::State`] unless it is frozen, or the agent's reason.
+    pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        self.refuse_for_sandbox(id, "resuming the sandbox container")?;
+        let agent = self.agent_now()?;
+        self.with(id, |record| record.machine.begin_resume())?;
+        let request = ResumeContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let result = agent.resume_container(&request).await;
+        self.with(id, |record| {
+            if record.machine.resume_done(result.is_ok()) {
+                self.0.sink.event(SandboxEvent::Resumed { container: id.into() });
+            }
+            Ok(())
+        })?;
+        result.map(drop)
+    }
+
+    fn refuse_for_sandbox(&self, id: &str, what: &'static str) -> Result<(), Error> {
+        self.with(id, |record| {
+            if record.is_sandbox {
+                Err(Error::Unsupported(what))
+            } else {
+                Ok(())
+            }
+        })
+    }
+
+    /// Changes a container's limits; `resources_json` is an OCI `LinuxResources` object.
+    ///
+    /// # Errors
+    /// [`Error::State`], or the agent's reason.
+    pub async fn update(&self, id: &str, resources_json: Vec<u8>) -> Result<(), Error> {
+        let is_sandbox = self.with(id, |record| {
+            record.machine.check_update()?;
+            Ok(record.is_sandbox)
+        })?;
+        if is_sandbox {
+            return Err(Error::Unsupported("changing the size of a running sandbox"));
+        }
+        let request = UpdateContainerRequest {
+            container_id: id.into(),
+            resources_json,
+            ..Default::default()
+        };
+        self.agent_now()?.update_container(&request).await.map(drop)
+    }
+
+    /// A container's counters. The sandbox container's are those of the pod's cgroup on the host.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], or the agent's reason.
+    pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, Error> {
+        if self.with(id, |record| Ok(record.is_sandbox))? {
+            return Ok(self.0.cgroup.as_ref().map(Cgroup::stats).unwrap_or_default());
+        }
+        let request = ContainerStatsRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.agent_now()?.container_stats(&request).await
+    }
+
+    /// A container's processes; none for the sandbox container.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`], or the agent's reason.
+    pub async fn processes(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
+        if self.with(id, |record| Ok(record.is_sandbox))? {
+            return Ok(Vec::new());
+        }
+        let request = ListProcessesRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let list = self.agent_now()?.list_processes(&request).await?;
+        Ok(list
+            .processes
+            .into_iter()
+            .map(|process| ProcessInfo {
+                pid: process.pid,
+                exec: process.exec_id,
+            })
+            .collect())
+    }
+}

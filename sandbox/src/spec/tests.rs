@@ -1,0 +1,152 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn parse(value: Value) -> Spec {
+    serde_json::from_value(value).unwrap()
+}
+
+fn base(mounts: Value) -> Spec {
+    parse(json!({"ociVersion": "1.1.0", "mounts": mounts, "linux": {}}))
+}
+
+fn directory(_: &Path) -> std::io::Result<SourceKind> {
+    Ok(SourceKind::Directory)
+}
+
+fn run(spec: Spec) -> Result<(Value, Vec<Volume>), SpecError> {
+    rewrite(spec, "cid", directory).map(|rewritten| {
+        (
+            serde_json::from_slice(&rewritten.json).unwrap(),
+            rewritten.volumes,
+        )
+    })
+}
+
+#[test]
+fn guest_file_systems_stay() {
+    let mounts = json!([
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+    ]);
+    let (json, volumes) = run(base(mounts.clone())).unwrap();
+    assert_eq!(json["mounts"], mounts);
+    assert!(volumes.is_empty());
+}
+
+#[test]
+fn bind_mounts_become_volumes() {
+    let (json, volumes) = run(base(json!([
+        {"destination": "/etc/hosts", "type": "bind", "source": "/a/hosts", "options": ["rbind", "ro"]},
+        {"destination": "/data", "source": "/b", "options": ["bind", "rw"]},
+    ])))
+    .unwrap();
+    assert_eq!(json["mounts"][0]["source"], "/run/bulkhead/shared/cid/mounts/0");
+    assert_eq!(json["mounts"][1]["source"], "/run/bulkhead/shared/cid/mounts/1");
+    assert_eq!(json["mounts"][1]["type"], "bind");
+    assert_eq!(json["mounts"][0]["options"], json!(["rbind", "ro"]));
+    assert_eq!(volumes[0].source, Path::new("/a/hosts"));
+    assert!(volumes[0].options.read_only() && !volumes[1].options.read_only());
+}
+
+#[test]
+fn shared_memory_and_devices_are_the_guests() {
+    let (json, volumes) = run(base(json!([
+        {"destination": "/dev/shm", "type": "bind", "source": "/run/x/shm", "options": ["rbind"]},
+        {"destination": "/dev/fuse", "type": "bind", "source": "/dev/fuse", "options": ["bind"]},
+    ])))
+    .unwrap();
+    assert_eq!(json["mounts"][0]["source"], GUEST_SHM);
+    assert_eq!(json["mounts"][1]["source"], "/dev/fuse");
+    assert!(volumes.is_empty());
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_by_name() {
+    let socket = |_: &Path| Ok(SourceKind::Other("a socket"));
+    let spec = base(json!([{"destination": "/s", "type": "bind", "source": "/run/docker.sock"}]));
+    let error = rewrite(spec, "cid", socket).unwrap_err();
+    assert!(
+        error.to_string().contains("/run/docker.sock (a socket)"),
+        "{error}"
+    );
+    let missing = |_: &Path| Err(std::io::Error::from(std::io::ErrorKind::NotFound));
+    let spec = base(json!([{"destination": "/s", "type": "bind", "source": "/gone"}]));
+    assert!(
+        rewrite(spec, "cid", missing)
+            .unwrap_err()
+            .to_string()
+            .contains("/gone")
+    );
+    let error = run(base(
+        json!([{"destination": "/s", "type": "nfs", "source": "x:/"}]),
+    ))
+    .unwrap_err();
+    assert_eq!(error.kind(), Kind::Unimplemented);
+    let spec = parse(json!({"ociVersion": "1.1.0", "linux": {"devices": [
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]}}));
+    assert!(run(spec).unwrap_err().to_string().contains("/dev/sda"));
+    let spec = parse(json!({"ociVersion": "1.1.0", "hooks": {"poststop": [{"path": "/bin/true"}]}}));
+    assert!(run(spec).unwrap_err().to_string().contains("poststop"));
+}
+
+#[test]
+fn host_labels_and_paths_are_removed() {
+    let (json, _) = run(parse(json!({
+        "ociVersion": "1.1.0",
+        "process": {"cwd": "/", "args": ["x"], "user": {"uid": 0, "gid": 0}, "apparmorProfile": "p",
+                    "selinuxLabel": "l", "noNewPrivileges": true},
+        "linux": {"cgroupsPath": "/a/b", "mountLabel": "m"},
+    })))
+    .unwrap();
+    assert_eq!(json["process"]["noNewPrivileges"], true);
+    for (object, key) in [
+        ("process", "apparmorProfile"),
+        ("process", "selinuxLabel"),
+        ("linux", "cgroupsPath"),
+        ("linux", "mountLabel"),
+    ] {
+        assert!(json[object].get(key).is_none_or(Value::is_null), "{key}");
+    }
+}
+
+#[test]
+fn the_network_namespace_is_found() {
+    let with = |namespaces| parse(json!({"ociVersion": "1.1.0", "linux": {"namespaces": namespaces}}));
+    assert_eq!(
+        network_namespace(&with(json!([{"type": "network", "path": "/n"}]))).unwrap(),
+        NetworkNamespace::Path("/n".into())
+    );
+    assert_eq!(
+        network_namespace(&with(json!([{"type": "network"}]))).unwrap(),
+        NetworkNamespace::Fresh
+    );
+    assert!(matches!(
+        network_namespace(&with(json!([{"type": "pid"}]))),
+        Err(SpecError::HostNetwork)
+    ));
+}
+
+proptest! {
+    /// Every bind mount gets a source below the container's own folder, and each its own.
+    #[test]
+    fn volumes_stay_in_the_containers_folder(names in proptest::collection::vec("[a-z.]{1,6}", 0..10)) {
+        let mounts: Vec<Value> = names
+            .iter()
+            .map(|name| json!({"destination": format!("/m/{name}"), "type": "bind", "source": format!("/h/{name}")}))
+            .collect();
+        let (json, volumes) = run(base(Value::Array(mounts))).unwrap();
+        prop_assert_eq!(volumes.len(), names.len());
+        let mut sources: Vec<String> = (0..names.len())
+            .map(|n| json["mounts"][n]["source"].as_str().unwrap().to_owned())
+            .collect();
+        prop_assert!(sources.iter().all(|source| source.starts_with("/run/bulkhead/shared/cid/mounts/")));
+        sources.sort();
+        sources.dedup();
+        prop_assert_eq!(sources.len(), names.len());
+    }
+}

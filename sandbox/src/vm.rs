@@ -1,0 +1,355 @@
+//! One virtual machine: the VMM process and the control socket to it.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_protocol::control::{
+    BootTimes, Channel, ChannelError, Event, Exit, Fd, Inspection, Reply, Request, RequestMessage,
+    VMM_SOCKET_FD, VmConfig, VmmMessage,
+};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::cgroup::Cgroup;
+use crate::console;
+use crate::mount::{self, MountError};
+use crate::spawn::{self, Ending, Program};
+
+mod actor;
+
+/// Why the VMM could not be started or asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A file is missing or not readable.
+    #[error("Cannot open {what} {}", .path.display())]
+    Open {
+        /// What the file is for.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// Reason.
+        #[source]
+        error: std::io::Error,
+    },
+    /// The VMM program is missing.
+    #[error("Cannot open the VMM program")]
+    Program(#[source] MountError),
+    /// The control socket could not be made.
+    #[error("Cannot create the control socket")]
+    Socket(#[source] ChannelError),
+    /// The VMM process could not be started.
+    #[error("Cannot start the VMM process")]
+    Spawn(#[source] Errno),
+    /// A descriptor could not be prepared.
+    #[error("Cannot prepare a descriptor")]
+    Descriptor(#[source] std::io::Error),
+    /// A message could not be sent.
+    #[error("Cannot send {request} to the VMM")]
+    Send {
+        /// Name of the request.
+        request: &'static str,
+        /// Reason.
+        #[source]
+        error: ChannelError,
+    },
+    /// The VMM refused.
+    #[error("The VMM refused {request}: {message}")]
+    Refused {
+        /// Name of the request.
+        request: &'static str,
+        /// The VMM's chain of causes.
+        message: String,
+    },
+    /// The VMM answered something else.
+    #[error("The VMM gave a wrong answer to {0}")]
+    WrongReply(&'static str),
+    /// The VMM has ended.
+    #[error("The VMM has ended")]
+    Gone,
+}
+
+/// How the VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmEnd {
+    /// In words.
+    pub reason: String,
+    /// Whether the guest powered itself off.
+    pub orderly: bool,
+    /// End of the guest console, one line; may be empty.
+    pub console: String,
+}
+
+impl std::fmt::Display for VmEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.reason)?;
+        if !self.console.is_empty() {
+            write!(f, "; console: {}", self.console)?;
+        }
+        Ok(())
+    }
+}
+
+/// A started VMM process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// Process id.
+    pub pid: i32,
+    /// Clock ticks since boot.
+    pub start_time: u64,
+}
+
+/// Collects the descriptors of one message and hands out their indices.
+#[derive(Debug, Default)]
+pub struct Descriptors(Vec<OwnedFd>);
+
+impl Descriptors {
+    /// Adds a descriptor; its index.
+    pub fn add(&mut self, fd: OwnedFd) -> Fd {
+        // A message holds at most 250 descriptors; the channel refuses more.
+        let index = u16::try_from(self.0.len()).unwrap_or(u16::MAX);
+        self.0.push(fd);
+        Fd(index)
+    }
+
+    /// The descriptors in the order of their indices.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<OwnedFd> {
+        self.0
+    }
+}
+
+struct Command {
+    request: Request,
+    descriptors: Vec<OwnedFd>,
+    reply: oneshot::Sender<Result<Reply, VmError>>,
+}
+
+/// A running VMM process. When the last clone is dropped the process is killed.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    commands: mpsc::UnboundedSender<Command>,
+    end: watch::Receiver<Option<Arc<VmEnd>>>,
+    started: Started,
+}
+
+/// A stream's news from the VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VsockEvent {
+    /// The guest has dialled this host port.
+    Connected(u32),
+    /// The stream of this port is over.
+    Closed(u32),
+}
+
+impl Vm {
+    /// Starts the VMM process. Its `Boot` request is for [`Vm::boot`]. Stream events go to `events`.
+    ///
+    /// Call it from the process's main thread: the VMM dies with the thread that started it.
+    ///
+    /// # Errors
+    /// [`VmError`]; no process is left.
+    pub fn start(
+        program: &std::path::Path,
+        cgroup: Option<Cgroup>,
+        oom_score_adj: i32,
+        events: mpsc::UnboundedSender<VsockEvent>,
+    ) -> Result<Self, VmError> {
+        let executable = mount::open_path(program, false).map_err(VmError::Program)?;
+        let (ours, theirs) = Channel::pair().map_err(VmError::Socket)?;
+        let (stderr, stderr_write) = std::io::pipe().map_err(VmError::Descriptor)?;
+        let null = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(VmError::Descriptor)?;
+        let name = CString::new("bulkhead-vmm").unwrap_or_default();
+        let process = spawn::spawn(&Program {
+            executable: executable.as_fd(),
+            arguments: vec![name],
+            environment: Vec::new(),
+            descriptors: vec![
+                (null.as_fd(), 0),
+                (null.as_fd(), 1),
+                (stderr_write.as_fd(), 2),
+                (theirs.as_fd(), VMM_SOCKET_FD),
+            ],
+        })
+        .map_err(VmError::Spawn)?;
+        drop((theirs, stderr_write));
+        let started = Started {
+            pid: process.pid,
+            start_time: spawn::start_time(process.pid).unwrap_or_default(),
+        };
+        if let Err(error) = std::fs::write(
+            format!("/proc/{}/oom_score_adj", process.pid),
+            oom_score_adj.to_string(),
+        ) {
+            log::warn!("cannot set oom_score_adj of the VMM to {oom_score_adj}: {error}");
+        }
+        fcntl(
+            std::os::fd::AsRawFd::as_raw_fd(&ours),
+            FcntlArg::F_SETFL(OFlag::O_NONBLOCK),
+        )
+        .map_err(|errno| VmError::Descriptor(errno.into()))?;
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let (end_sender, end) = watch::channel(None);
+        let lines = actor::read_stderr(stderr).map_err(VmError::Descriptor)?;
+        let actor = actor::Actor {
+            channel: watch_fd(ours).map_err(VmError::Descriptor)?,
+            pidfd: watch_fd(process.pidfd).map_err(VmError::Descriptor)?,
+            commands: receiver,
+            pending: HashMap::new(),
+            next_id: 1,
+            events,
+            exit: None,
+            oom_kills_before: cgroup.as_ref().map_or(0, Cgroup::oom_kills),
+            cgroup,
+            stderr: lines,
+        };
+        tokio::spawn(async move {
+            let end = actor.run().await;
+            log::debug!("VM ended: {end}");
+            // The receivers live in the handles; if all are gone nobody wants to know.
+            let _ = end_sender.send(Some(Arc::new(end)));
+        });
+        Ok(Self {
+            commands,
+            end,
+            started,
+        })
+    }
+
+    /// Process id and start time of the VMM.
+    #[must_use]
+    pub fn process(&self) -> Started {
+        self.started
+    }
+
+    /// Waits for the end of the VM.
+    pub async fn ended(&self) -> Arc<VmEnd> {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await {
+            Ok(end) => end.clone().unwrap_or_else(unknown_end),
+            Err(_) => unknown_end(),
+        }
+    }
+
+    /// How the VM ended, if it has.
+    #[must_use]
+    pub fn end(&self) -> Option<Arc<VmEnd>> {
+        self.end.borrow().clone()
+    }
+
+    /// Kills the VMM process.
+    pub fn kill(&self) {
+        match spawn::pidfd_open(self.started.pid) {
+            Ok(pidfd) if spawn::start_time(self.started.pid) == Some(self.started.start_time) => {
+                let _ = spawn::pidfd_kill(&pidfd);
+            }
+            _ => {}
+        }
+    }
+
+    /// Sends a request and waits for its answer.
+    ///
+    /// # Errors
+    /// [`VmError::Refused`] with the VMM's words, [`VmError::Gone`] when the VM ends first.
+    pub async fn request(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Reply, VmError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command {
+            request,
+            descriptors,
+            reply,
+        };
+        self.commands.send(command).map_err(|_| VmError::Gone)?;
+        answer.await.map_err(|_| VmError::Gone)?
+    }
+
+    /// Boots the VM.
+    ///
+    /// # Errors
+    /// As [`Vm::request`].
+    pub async fn boot(&self, config: VmConfig, descriptors: Vec<OwnedFd>) -> Result<BootTimes, VmError> {
+        match self.request(Request::Boot(Box::new(config)), descriptors).await? {
+            Reply::Booted(times) => Ok(times),
+            _ => Err(VmError::WrongReply("boot")),
+        }
+    }
+
+    /// A request whose answer has no content.
+    ///
+    /// # Errors
+    /// As [`Vm::request`].
+    pub async fn ask(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<(), VmError> {
+        let name = name(&request);
+        match self.request(request, descriptors).await? {
+            Reply::Done => Ok(()),
+            _ => Err(VmError::WrongReply(name)),
+        }
+    }
+
+    /// The end of the guest console on one line, for an error; empty if the VMM does not answer soon.
+    pub async fn console_tail(&self) -> String {
+        match tokio::time::timeout(Duration::from_secs(1), self.request(Request::Inspect, Vec::new())).await {
+            Ok(Ok(Reply::Inspected(Inspection { console, .. }))) => console::tail(&console),
+            _ => String::new(),
+        }
+    }
+}
+
+/// Registers something that owns one descriptor with the runtime.
+fn watch_fd<T: Owning>(owner: T) -> std::io::Result<AsyncFd<T>> {
+    // SAFETY: an `Owning` type keeps the same descriptor open for as long as it lives.
+    unsafe { AsyncFd::register(owner) }.map_err(Into::into)
+}
+
+/// Types that own exactly one descriptor from creation to drop.
+trait Owning: std::os::fd::AsRawFd {}
+impl Owning for Channel {}
+impl Owning for OwnedFd {}
+
+fn unknown_end() -> Arc<VmEnd> {
+    Arc::new(VmEnd {
+        reason: "unknown".into(),
+        orderly: false,
+        console: String::new(),
+    })
+}
+
+fn name(request: &Request) -> &'static str {
+    match request {
+        Request::Boot(_) => "boot",
+        Request::Pause => "pause",
+        Request::Resume => "resume",
+        Request::VsockListen { .. } => "vsock listen",
+        Request::VsockUnlisten { .. } => "vsock unlisten",
+        Request::VsockConnect { .. } => "vsock connect",
+        Request::AttachDisk { .. } => "attach disk",
+        Request::DetachDisk { .. } => "detach disk",
+        Request::SetBalloon { .. } => "set balloon",
+        Request::Inspect => "inspect",
+    }
+}
+
+/// Opens a file the VM needs.
+///
+/// # Errors
+/// [`VmError::Open`].
+pub fn open_for_vm(what: &'static str, path: &std::path::Path, write: bool) -> Result<OwnedFd, VmError> {
+    std::fs::File::options()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(|error| VmError::Open {
+            what,
+            path: path.into(),
+            error,
+        })
+}
