@@ -1,0 +1,463 @@
+//! Making a container.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_protocol::agent as proto;
+use libcontainer::container::ContainerStatus;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sys::stat::{SFlag, major, minor, stat};
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxResources, Spec};
+use tokio::net::UnixListener;
+
+use super::executor::ProgramExecutor;
+use super::spec::{Adapted, DeviceNode, Guest, adapt, valid_id};
+use super::{Container, Containers, Status};
+use crate::cgroup::{Cgroup, DeviceRules, Watch, attach_device_filter};
+use crate::error::{Error, chain};
+use crate::fd::AsyncFile;
+use crate::job::{Job, JobError, Report, StatusPipe};
+use crate::storage::{Plan, RUN};
+use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
+
+/// How long making a container may take. Mounting a large filesystem after a crash replays its journal.
+const CREATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long undoing it may take.
+pub(super) const REMOVE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a terminal may take to arrive after the process that made it.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(2);
+
+impl Containers {
+    /// Makes a container whose init process waits to be started. On failure nothing is left of it.
+    ///
+    /// # Errors
+    /// The request makes no sense, or what it asks for cannot be done.
+    pub async fn create(self: &Arc<Self>, request: proto::CreateContainerRequest) -> Result<Pid, Error> {
+        let id = request.container_id.as_str();
+        if !valid_id(id) {
+            return Err(Error::Invalid {
+                field: "container_id",
+                value: id.to_owned(),
+            });
+        }
+        let fail = |source| Error::Create {
+            id: id.to_owned(),
+            source: Box::new(source),
+        };
+        let spec: Spec = serde_json::from_slice(&request.spec_json)
+            .map_err(|source| Error::Json {
+                field: "spec_json",
+                source,
+            })
+            .map_err(fail)?;
+        let container = self.reserve(&request)?;
+        let _turn = container.turn.lock().await;
+        let result = self
+            .build(&container, spec, request.streams.get_or_default())
+            .await;
+        if result.is_err() {
+            self.undo(&container).await;
+        }
+        result.map_err(fail)
+    }
+
+    /// Takes the id and plans the filesystems.
+    fn reserve(&self, request: &proto::CreateContainerRequest) -> Result<Arc<Container>, Error> {
+        let id = &request.container_id;
+        let mut map = self.map();
+        if map.contains_key(id) {
+            return Err(Error::ContainerExists(id.clone()));
+        }
+        let directory = Path::new(RUN).join("containers").join(id);
+        let plan = Plan::new(
+            &directory,
+            request.root.get_or_default(),
+            &request.disk_mounts,
+            &mut self.partitions(),
+        )?;
+        let container = Arc::new(Container::new(id, directory, plan, self.events.clone()));
+        map.insert(id.clone(), Arc::clone(&container));
+        Ok(container)
+    }
+
+    async fn build(
+        &self,
+        container: &Arc<Container>,
+        spec: Spec,
+        wanted: &proto::Streams,
+    ) -> Result<Pid, Error> {
+        let (adapted, devices) = prepare(container, spec, wanted.terminal)?;
+        let bundle = container.directory.join("bundle");
+        write_bundle(&bundle, &adapted.spec)?;
+
+        let user = user_of(&adapted.spec);
+        let host = HostEnds::dial(&self.host, wanted).await.map_err(Error::Streams)?;
+        let stdio = self.stdio(host, wanted, user)?;
+        let setup = Setup {
+            container,
+            bundle: &bundle,
+            resources: &adapted.resources,
+            devices: devices.as_ref(),
+        };
+        let (program, console) = (stdio.program, stdio.console);
+        let keep = program.as_ref().map(keep).unwrap_or_default();
+        let console_path = console.as_ref().map(|console| console.path.clone());
+        // The init process's id is known only when the helper is done.
+        let _birth = self.reaper.birth();
+        let mut job = Job::spawn(&self.reaper, "creation of the container", &keep, move |status| {
+            setup.run(program, console_path, status)
+        })?;
+        container.state().creator = Some(job.pid());
+        let reports = job.finish(CREATE_LIMIT).await;
+        container.state().creator = None;
+        let pid = reported_pid(&reports?)?;
+        container.adopt_init(&self.reaper, pid);
+        let (terminal, copies) = match console {
+            None => (None, stdio.copies),
+            Some(console) => {
+                let (terminal, copies) = console.finish().await?;
+                (Some(terminal), Some(copies))
+            }
+        };
+        watch_memory(container);
+        let mut state = container.state();
+        if state.status == Status::Stopped {
+            return Err(JobError::Died {
+                job: "the container's init process",
+                status: 0,
+            }
+            .into());
+        }
+        state.status = Status::Created;
+        state.status_pipe = Some(job.into_status());
+        state.init.terminal = terminal;
+        state.init.copies = copies;
+        Ok(pid)
+    }
+
+    /// What a process's standard streams are made of.
+    pub(super) fn stdio(
+        &self,
+        host: HostEnds,
+        wanted: &proto::Streams,
+        user: (u32, u32),
+    ) -> Result<Stdio, Error> {
+        if wanted.terminal {
+            let console = Console::new(self.socket_path(), host, user.0, (wanted.width, wanted.height))?;
+            return Ok(Stdio {
+                program: None,
+                copies: None,
+                console: Some(console),
+            });
+        }
+        let (program, copies) = streams::pipes(host, user).map_err(Error::Streams)?;
+        Ok(Stdio {
+            program: Some(program),
+            copies: Some(copies),
+            console: None,
+        })
+    }
+
+    /// Removes all traces of a container and forgets it; goes on after errors, which are logged.
+    pub(super) async fn undo(&self, container: &Arc<Container>) {
+        if container.cgroup.kill().is_ok()
+            && let Err(error) = container.cgroup.empty().await
+        {
+            log::error!("container {}: {}", container.id, chain(&error));
+        }
+        if container.plan.has_mounts() {
+            let plan = &container.plan;
+            let job = Job::spawn(&self.reaper, "unmounting", &[], |_| {
+                plan.unmount().map_err(|e| chain(&e))
+            });
+            let result = match job {
+                Ok(mut job) => job.finish(REMOVE_LIMIT).await.map(drop),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                log::error!("container {}: {}", container.id, chain(&error));
+            }
+        }
+        self.partitions().release(&container.plan);
+        if let Err(error) = container.cgroup.remove() {
+            log::error!("container {}: {}", container.id, chain(&error));
+        }
+        // Bundle and state only: what was mounted below is gone, and without a mount nothing of it is on disk.
+        if let Err(error) = remove_own_files(&container.directory) {
+            log::error!("container {}: {error}", container.id);
+        }
+        self.map().remove(&container.id);
+    }
+}
+
+/// Fits the specification to the guest and the guest to the specification.
+fn prepare(
+    container: &Container,
+    spec: Spec,
+    terminal: bool,
+) -> Result<(Adapted, Option<DeviceRules>), Error> {
+    let root = container.plan.root();
+    let cgroup = Cgroup::spec_path(&container.id);
+    let guest = Guest {
+        root: &root,
+        cgroup,
+        terminal,
+        device: &device_node,
+    };
+    let adapted = adapt(spec, &guest).map_err(Error::Spec)?;
+    for notice in &adapted.notices {
+        log::info!("container {}: {notice}", container.id);
+    }
+    apply_to_guest(&adapted)?;
+    let devices = device_rules(&adapted)?;
+    Ok((adapted, devices))
+}
+
+/// Removes what the agent wrote below a container's directory, never what a filesystem still mounted there holds.
+fn remove_own_files(directory: &Path) -> std::io::Result<()> {
+    if !crate::storage::mount::mounts_below(directory)?.is_empty() {
+        return Err(std::io::Error::other("a filesystem is still mounted"));
+    }
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The work of the helper that makes a container.
+struct Setup<'a> {
+    container: &'a Container,
+    bundle: &'a Path,
+    resources: &'a LinuxResources,
+    devices: Option<&'a DeviceRules>,
+}
+
+impl Setup<'_> {
+    fn run(
+        self,
+        program: Option<ProgramEnds>,
+        console: Option<PathBuf>,
+        status: &StatusPipe,
+    ) -> Result<(), String> {
+        let cgroup = &self.container.cgroup;
+        cgroup
+            .create()
+            .and_then(|()| cgroup.apply(self.resources))
+            .map_err(|error| chain(&error))?;
+        if let Some(rules) = self.devices {
+            attach_device_filter(cgroup.path(), rules).map_err(|error| chain(&error))?;
+        }
+        self.container.plan.mount().map_err(|error| chain(&error))?;
+        let executor = ProgramExecutor {
+            status: status.number(),
+            confinement: None,
+        };
+        let builder = with_streams(
+            builder(&self.container.id, &state_root(&self.container.directory))?,
+            program,
+        )
+        .with_executor(executor)
+        .with_console_socket(console);
+        let mut made = builder
+            .as_init(self.bundle)
+            .with_systemd(false)
+            .with_detach(true)
+            .as_sibling(true)
+            .build()
+            .map_err(|error| chain(&error))?;
+        let pid = made.pid().ok_or("libcontainer reported no process")?;
+        // Nobody but this agent reads the state; it saves the start from doing so.
+        made.set_status(ContainerStatus::Running)
+            .save()
+            .map_err(|error| chain(&error))?;
+        status.send(&Report::Pid(pid.as_raw().unsigned_abs()));
+        Ok(())
+    }
+}
+
+pub(super) fn state_root(directory: &Path) -> PathBuf {
+    directory.join("state")
+}
+
+pub(super) fn builder(id: &str, state: &Path) -> Result<ContainerBuilder, String> {
+    fs::create_dir_all(state).map_err(|error| error.to_string())?;
+    ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(state)
+        .map_err(|error| chain(&error))
+}
+
+pub(super) fn with_streams(builder: ContainerBuilder, program: Option<ProgramEnds>) -> ContainerBuilder {
+    match program {
+        None => builder,
+        Some(ends) => builder
+            .with_stdin(ends.stdin)
+            .with_stdout(ends.stdout)
+            .with_stderr(ends.stderr),
+    }
+}
+
+pub(super) fn keep(ends: &ProgramEnds) -> Vec<i32> {
+    vec![
+        ends.stdin.as_raw_fd(),
+        ends.stdout.as_raw_fd(),
+        ends.stderr.as_raw_fd(),
+    ]
+}
+
+pub(super) fn reported_pid(reports: &[Report]) -> Result<Pid, JobError> {
+    let pid = reports.iter().find_map(|report| match report {
+        Report::Pid(pid) => i32::try_from(*pid).ok(),
+        _ => None,
+    });
+    pid.map(Pid::from_raw)
+        .ok_or_else(|| JobError::Failed("the helper reported no process".into()))
+}
+
+/// The parts of a process's standard streams.
+#[derive(Debug)]
+pub(super) struct Stdio {
+    /// For the program; the helper takes them.
+    pub program: Option<ProgramEnds>,
+    /// Copies between pipes and host.
+    pub copies: Option<streams::Copies>,
+    /// In place of both, with a terminal.
+    pub console: Option<Console>,
+}
+
+/// The socket over which libcontainer sends the master of a terminal it has made.
+#[derive(Debug)]
+pub(super) struct Console {
+    pub path: PathBuf,
+    listener: UnixListener,
+    host: HostEnds,
+    user: u32,
+    size: (u32, u32),
+}
+
+impl Console {
+    fn new(path: PathBuf, host: HostEnds, user: u32, size: (u32, u32)) -> Result<Self, Error> {
+        let listener = UnixListener::bind(&path).map_err(Error::io("cannot make the console socket"))?;
+        Ok(Self {
+            path,
+            listener,
+            host,
+            user,
+            size,
+        })
+    }
+
+    /// Receives the terminal and joins the host's streams to it.
+    pub(super) async fn finish(mut self) -> Result<(AsyncFile, streams::Copies), Error> {
+        let fail = |source| Error::Streams(StreamError::Terminal(source));
+        let receive = async {
+            let (connection, _) = self.listener.accept().await.map_err(fail)?;
+            connection.readable().await.map_err(fail)?;
+            let connection = connection.into_std().map_err(fail)?;
+            streams::receive_master(&connection.into()).map_err(Error::Streams)
+        };
+        let master = match tokio::time::timeout(CONSOLE_LIMIT, receive).await {
+            Ok(master) => master?,
+            Err(_) => return Err(fail(nix::errno::Errno::ETIMEDOUT.into())),
+        };
+        let master = streams::prepare_master(master, self.user, self.size).map_err(Error::Streams)?;
+        let host = std::mem::take(&mut self.host);
+        let copies = streams::terminal(host, &master);
+        Ok((master, copies))
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Sets what a container's own namespaces would hold in the guest's.
+fn apply_to_guest(adapted: &Adapted) -> Result<(), Error> {
+    if let Some(name) = &adapted.hostname {
+        nix::unistd::sethostname(name).map_err(Error::io("cannot set the host name"))?;
+    }
+    if let Some(name) = &adapted.domainname {
+        fs::write("/proc/sys/kernel/domainname", name).map_err(Error::io("cannot set the domain name"))?;
+    }
+    adapted
+        .sysctls
+        .iter()
+        .try_for_each(|(key, value)| crate::sandbox::set_sysctl(key, value).map_err(Error::Sandbox))
+}
+
+fn device_rules(adapted: &Adapted) -> Result<Option<DeviceRules>, Error> {
+    let nodes = adapted
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().clone())
+        .unwrap_or_default();
+    let rules = adapted.resources.devices().clone().unwrap_or_default();
+    Ok(DeviceRules::new(&rules, &nodes)?)
+}
+
+fn write_bundle(bundle: &Path, spec: &Spec) -> Result<(), Error> {
+    let text = serde_json::to_vec(spec).map_err(|source| Error::Json {
+        field: "spec_json",
+        source,
+    })?;
+    fs::create_dir_all(bundle)
+        .and_then(|()| fs::write(bundle.join("config.json"), text))
+        .map_err(Error::io("cannot write the bundle"))
+}
+
+fn user_of(spec: &Spec) -> (u32, u32) {
+    spec.process()
+        .as_ref()
+        .map_or((0, 0), |process| (process.user().uid(), process.user().gid()))
+}
+
+/// A device node of the guest by its path.
+fn device_node(path: &Path) -> Option<DeviceNode> {
+    let node = stat(path).ok()?;
+    let kind = SFlag::from_bits_truncate(node.st_mode) & SFlag::S_IFMT;
+    let block = match kind {
+        SFlag::S_IFBLK => true,
+        SFlag::S_IFCHR => false,
+        _ => return None,
+    };
+    let number = |part: u64| i64::try_from(part).ok();
+    Some(DeviceNode {
+        block,
+        major: number(major(node.st_rdev))?,
+        minor: number(minor(node.st_rdev))?,
+    })
+}
+
+/// Reports kills for lack of memory as they happen.
+fn watch_memory(container: &Arc<Container>) {
+    let watch = match Watch::new(&container.cgroup.file("memory.events")) {
+        Ok(watch) => watch,
+        Err(error) => {
+            log::warn!("container {}: {}", container.id, chain(&error));
+            return;
+        }
+    };
+    let container = Arc::downgrade(container);
+    tokio::spawn(async move {
+        // Ends when the file is gone with the cgroup, or the container with its last process.
+        while watch.changed().await.is_ok() {
+            let Some(container) = container.upgrade() else {
+                return;
+            };
+            let mut state = container.state();
+            if state.status == Status::Stopped || state.init_exit.is_some() {
+                return;
+            }
+            container.report_oom(&mut state);
+        }
+    });
+}

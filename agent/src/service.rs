@@ -1,0 +1,278 @@
+//! The ttrpc service: a thin layer over [`Containers`].
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bulkhead_protocol::agent::{self as proto, Agent, VERSION};
+use nix::time::{ClockId, clock_gettime};
+use tokio::sync::Notify;
+use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
+
+use crate::container::{Containers, control};
+use crate::error::Error;
+use crate::{network, power, sandbox};
+
+/// Moments of the boot, in microseconds of `CLOCK_BOOTTIME`.
+#[derive(Clone, Copy, Debug)]
+pub struct BootTimes {
+    /// `main` entered.
+    pub main: u64,
+    /// Ready to serve.
+    pub ready: u64,
+}
+
+/// The guest's uptime in microseconds.
+pub fn uptime_us() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map(Duration::from)
+        .unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The agent as the host sees it.
+#[derive(Debug)]
+pub struct Service {
+    containers: Arc<Containers>,
+    boot: BootTimes,
+    sandbox: Mutex<bool>,
+    shutdown: Arc<Notify>,
+}
+
+impl Service {
+    /// A service; `shutdown` is notified when the guest is to be switched off.
+    pub fn new(containers: Arc<Containers>, boot: BootTimes, shutdown: Arc<Notify>) -> Self {
+        Self {
+            containers,
+            boot,
+            sandbox: Mutex::new(false),
+            shutdown,
+        }
+    }
+}
+
+/// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(ttrpc::Error::Others(error.to_string())),
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn hello(
+        &self,
+        _: &TtrpcContext,
+        request: proto::HelloRequest,
+    ) -> ttrpc::Result<proto::HelloResponse> {
+        if request.version != VERSION {
+            return Err(Error::Version(request.version, VERSION).into());
+        }
+        let system =
+            nix::sys::utsname::uname().map_err(|e| Error::io("cannot read the kernel's release")(e))?;
+        Ok(proto::HelloResponse {
+            version: VERSION,
+            kernel_release: system.release().to_string_lossy().into_owned(),
+            main_uptime_us: self.boot.main,
+            ready_uptime_us: self.boot.ready,
+            ..Default::default()
+        })
+    }
+
+    async fn setup_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SetupSandboxRequest,
+    ) -> ttrpc::Result<proto::SetupSandboxResponse> {
+        if std::mem::replace(
+            &mut *self.sandbox.lock().unwrap_or_else(PoisonError::into_inner),
+            true,
+        ) {
+            return Err(Error::SandboxExists.into());
+        }
+        sandbox::setup(&request).map_err(Error::Sandbox)?;
+        Ok(proto::SetupSandboxResponse::new())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ConfigureNetworkRequest,
+    ) -> ttrpc::Result<proto::ConfigureNetworkResponse> {
+        network::configure(&request).map_err(Error::Network)?;
+        Ok(proto::ConfigureNetworkResponse::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::CreateContainerRequest,
+    ) -> ttrpc::Result<proto::CreateContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        let pid = detached(async move { containers.create(request).await }).await?;
+        Ok(proto::CreateContainerResponse {
+            pid: pid.as_raw().unsigned_abs(),
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::StartContainerRequest,
+    ) -> ttrpc::Result<proto::StartContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        detached(async move { containers.start(&request.container_id).await }).await?;
+        Ok(proto::StartContainerResponse::new())
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ExecProcessRequest,
+    ) -> ttrpc::Result<proto::ExecProcessResponse> {
+        let containers = Arc::clone(&self.containers);
+        let pid = detached(async move { containers.exec(request).await }).await?;
+        Ok(proto::ExecProcessResponse {
+            pid: pid.as_raw().unsigned_abs(),
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SignalProcessRequest,
+    ) -> ttrpc::Result<proto::SignalProcessResponse> {
+        self.containers
+            .get(&request.container_id)?
+            .signal(&request.exec_id, request.signal, request.all)?;
+        Ok(proto::SignalProcessResponse::new())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: proto::WaitProcessRequest,
+    ) -> ttrpc::Result<proto::WaitProcessResponse> {
+        let exit = self
+            .containers
+            .get(&request.container_id)?
+            .wait(&request.exec_id)
+            .await?;
+        Ok(proto::WaitProcessResponse {
+            exit_status: exit.status,
+            exited_at_ns: u64::try_from(exit.at.as_nanos()).unwrap_or(u64::MAX),
+            ..Default::default()
+        })
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ResizeTerminalRequest,
+    ) -> ttrpc::Result<proto::ResizeTerminalResponse> {
+        let size = (request.width, request.height);
+        self.containers
+            .get(&request.container_id)?
+            .resize(&request.exec_id, size)?;
+        Ok(proto::ResizeTerminalResponse::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::UpdateContainerRequest,
+    ) -> ttrpc::Result<proto::UpdateContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        detached(async move {
+            containers
+                .update(&request.container_id, &request.resources_json)
+                .await
+        })
+        .await?;
+        Ok(proto::UpdateContainerResponse::new())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::PauseContainerRequest,
+    ) -> ttrpc::Result<proto::PauseContainerResponse> {
+        let container = self.containers.get(&request.container_id)?;
+        detached(async move { container.pause().await }).await?;
+        Ok(proto::PauseContainerResponse::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ResumeContainerRequest,
+    ) -> ttrpc::Result<proto::ResumeContainerResponse> {
+        let container = self.containers.get(&request.container_id)?;
+        detached(async move { container.resume().await }).await?;
+        Ok(proto::ResumeContainerResponse::new())
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ContainerStatsRequest,
+    ) -> ttrpc::Result<proto::ContainerStatsResponse> {
+        Ok(self.containers.get(&request.container_id)?.stats()?)
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ListProcessesRequest,
+    ) -> ttrpc::Result<proto::ListProcessesResponse> {
+        let processes = self.containers.get(&request.container_id)?.processes()?;
+        Ok(proto::ListProcessesResponse {
+            processes,
+            ..Default::default()
+        })
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        request: proto::RemoveContainerRequest,
+    ) -> ttrpc::Result<proto::RemoveContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        detached(async move { containers.remove(&request.container_id).await }).await?;
+        Ok(proto::RemoveContainerResponse::new())
+    }
+
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        _: proto::EventsRequest,
+        stream: ServerStreamSender<proto::Event>,
+    ) -> ttrpc::Result<()> {
+        let subscription = self.containers.events.subscribe().ok_or(Error::Subscribed)?;
+        loop {
+            stream.send(&subscription.next().await.into()).await?;
+            subscription.sent();
+        }
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: proto::ShutdownRequest,
+    ) -> ttrpc::Result<proto::ShutdownResponse> {
+        let containers = Arc::clone(&self.containers);
+        detached(async move {
+            control::remove_all(&containers).await;
+            power::flush();
+            Ok(())
+        })
+        .await?;
+        self.shutdown.notify_one();
+        Ok(proto::ShutdownResponse::new())
+    }
+}
