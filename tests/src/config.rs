@@ -1,0 +1,99 @@
+//! Where the suite finds what it needs, from the environment.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+const HOW_TO_RUN: &str = "these tests need root, KVM, containerd and a busybox image; \
+    `cargo xtask test` (or `make test`) provides them, in an emulated host where the machine has no KVM";
+
+/// What the environment says.
+#[derive(Debug)]
+pub struct Config {
+    /// The containerd binary.
+    pub containerd: PathBuf,
+    /// The `ctr` binary of the same version.
+    pub ctr: PathBuf,
+    /// OCI layout tar of a busybox image.
+    pub image: PathBuf,
+    /// Runtime under test, as `ctr run --runtime` takes it.
+    pub runtime: String,
+    /// Factor on every deadline: 1 on hardware, more where the host is emulated.
+    pub time_scale: u32,
+    /// Directory that receives containerd's log when the process ends.
+    pub log_dir: Option<PathBuf>,
+}
+
+impl Config {
+    fn from_env() -> Result<Self, String> {
+        // SAFETY: geteuid has no preconditions.
+        if unsafe { libc::geteuid() } != 0 {
+            return Err("not running as root".into());
+        }
+        let image = env::var_os("BULKHEAD_TEST_IMAGE").ok_or("BULKHEAD_TEST_IMAGE is not set")?;
+        let image = PathBuf::from(image);
+        if !image.is_file() {
+            return Err(format!("BULKHEAD_TEST_IMAGE={} is not a file", image.display()));
+        }
+        let directory = env::var_os("BULKHEAD_TEST_CONTAINERD_DIR").map(PathBuf::from);
+        let time_scale = match env::var("BULKHEAD_TEST_TIME_SCALE") {
+            Ok(text) => text
+                .parse()
+                .map_err(|_| format!("BULKHEAD_TEST_TIME_SCALE={text} is not a number"))?,
+            Err(_) => 1,
+        };
+        let config = Config {
+            containerd: find("containerd", directory.as_deref())?,
+            ctr: find("ctr", directory.as_deref())?,
+            image,
+            runtime: env::var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|_| "io.containerd.kata.v2".into()),
+            time_scale,
+            log_dir: env::var_os("BULKHEAD_TEST_LOG_DIR").map(PathBuf::from),
+        };
+        if config.is_vm() {
+            find("containerd-shim-kata-v2", None)?;
+            if !Path::new("/dev/kvm").exists() {
+                return Err("/dev/kvm does not exist".into());
+            }
+        }
+        Ok(config)
+    }
+
+    /// Whether the runtime under test is ours. Another one (runc) serves to develop the harness.
+    #[must_use]
+    pub fn is_vm(&self) -> bool {
+        self.runtime.contains("kata")
+    }
+
+    /// A deadline of `seconds` on hardware.
+    #[must_use]
+    pub fn seconds(&self, seconds: u32) -> Duration {
+        Duration::from_secs(u64::from(seconds * self.time_scale))
+    }
+}
+
+fn find(name: &str, directory: Option<&Path>) -> Result<PathBuf, String> {
+    let in_path = env::var_os("PATH").unwrap_or_default();
+    let directories = match directory {
+        Some(directory) => vec![directory.to_path_buf()],
+        None => env::split_paths(&in_path).collect(),
+    };
+    directories
+        .iter()
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| format!("{name} is not in {directories:?}"))
+}
+
+/// The configuration of this process.
+///
+/// # Panics
+/// When something is missing, with a message that says what and how to run the suite.
+pub fn config() -> &'static Config {
+    static CONFIG: OnceLock<Result<Config, String>> = OnceLock::new();
+    match CONFIG.get_or_init(Config::from_env) {
+        Ok(config) => config,
+        Err(missing) => panic!("{missing}: {HOW_TO_RUN}"),
+    }
+}

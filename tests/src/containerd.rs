@@ -1,0 +1,295 @@
+//! A containerd of the suite's own: own root, state and socket, ended with the test process.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::config::config;
+use crate::session::{Finished, Session};
+use crate::{host, image};
+
+/// Namespace the suite works in; also the parent cgroup `ctr` gives its containers.
+pub const NAMESPACE: &str = "bulkhead-tests";
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    /// Directory of everything: `root`, `state`, `containerd.log`, `work`.
+    pub directory: PathBuf,
+    /// Its process id.
+    pub pid: i32,
+    /// Version, such as `2.1.9`.
+    pub version: String,
+    /// The busybox image's name.
+    pub busybox: String,
+    /// The unpacked root of the probe image.
+    pub rootfs: PathBuf,
+}
+
+static PID: AtomicI32 = AtomicI32::new(0);
+
+impl Containerd {
+    /// The containerd of this process, started at the first call. `probe` is the program put into
+    /// the suite's second image.
+    ///
+    /// # Panics
+    /// If it does not come up, with its log.
+    pub fn get(probe: &Path) -> &'static Self {
+        static CONTAINERD: OnceLock<Containerd> = OnceLock::new();
+        CONTAINERD.get_or_init(|| Self::start(probe))
+    }
+
+    fn start(probe: &Path) -> Self {
+        let directory = PathBuf::from(format!("/run/bulkhead-tests/{}", std::process::id()));
+        fs::create_dir_all(&directory).expect("a directory below /run");
+        // overlayfs wants an upper directory that is not itself an overlay, and files of 100 MiB want room.
+        let none = None::<&str>;
+        mount(
+            Some("bulkhead-tests"),
+            &directory,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some("size=80%,nr_inodes=0"),
+        )
+        .expect("a tmpfs");
+        mount(none, &directory, none, MsFlags::MS_PRIVATE, none).expect("a private mount");
+        // SAFETY: the handler is a plain function and uses nothing that exit has torn down.
+        unsafe { libc::atexit(end) };
+
+        let version = version();
+        fs::create_dir(directory.join("work")).expect("a directory");
+        fs::write(directory.join("config.toml"), configuration(&directory, &version)).expect("a file");
+        blockfile_scratch(&directory.join("scratch.ext4"));
+        let pid = spawn(&directory);
+        PID.store(pid, Ordering::SeqCst);
+        let mut containerd = Containerd {
+            directory,
+            pid,
+            version,
+            busybox: String::new(),
+            rootfs: PathBuf::new(),
+        };
+        containerd.wait_ready();
+        containerd.load_images(probe);
+        // Containers share it; made here so that nobody's container is the one that leaves it behind.
+        fs::create_dir_all(Path::new("/sys/fs/cgroup").join(NAMESPACE)).expect("a cgroup");
+        containerd
+    }
+
+    fn wait_ready(&self) {
+        let deadline = Instant::now() + config().seconds(30);
+        loop {
+            let tried = Session::start(self.ctr(&["version"]), config().seconds(30)).finish();
+            if tried.status.success() {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline && host::is_alive(self.pid),
+                "containerd did not come up: {tried}\n{}",
+                self.log_tail(0)
+            );
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn load_images(&mut self, probe: &Path) {
+        let (probe_image, rootfs) = image::build(&config().image, probe, &self.directory);
+        self.rootfs = rootfs;
+        self.import(&config().image, "overlayfs");
+        let names = self.run(&["images", "ls", "-q"]).text();
+        self.busybox = names
+            .lines()
+            .next()
+            .expect("the busybox image has a name")
+            .to_owned();
+        self.import(&probe_image, "overlayfs");
+    }
+
+    /// Unpacks the probe image for a snapshotter.
+    pub fn unpack_probe(&self, snapshotter: &str) {
+        self.import(&self.directory.join("probe.tar"), snapshotter);
+    }
+
+    fn import(&self, image: &Path, snapshotter: &str) {
+        let image = image.to_str().expect("paths of the suite are UTF-8");
+        let import = ["images", "import", "--local", "--snapshotter", snapshotter, image];
+        let _ = self.run(&import).text();
+    }
+
+    /// A `ctr` command for this containerd.
+    #[must_use]
+    pub fn ctr(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&config().ctr);
+        command
+            .env("CONTAINERD_ADDRESS", self.directory.join("containerd.sock"))
+            .env("CONTAINERD_NAMESPACE", NAMESPACE)
+            .args(arguments);
+        command
+    }
+
+    /// Runs `ctr` to its end.
+    ///
+    /// # Panics
+    /// If it does not end in time.
+    #[track_caller]
+    #[must_use]
+    pub fn run(&self, arguments: &[&str]) -> Finished {
+        Session::start(self.ctr(arguments), config().seconds(30)).finish()
+    }
+
+    /// Snapshotters that this containerd has and that work on this host.
+    #[must_use]
+    pub fn snapshotters(&self) -> Vec<String> {
+        let plugins = self.run(&["plugins", "ls"]).text();
+        let rows = plugins
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.filter(|row| row.first() == Some(&"io.containerd.snapshotter.v1") && row.last() == Some(&"ok"))
+            .map(|row| row[1].to_owned())
+            .collect()
+    }
+
+    /// Directory of a task's bundle.
+    #[must_use]
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.directory
+            .join("state/io.containerd.runtime.v2.task")
+            .join(NAMESPACE)
+            .join(id)
+    }
+
+    /// Size of the log, to give to [`Self::log_tail`] later.
+    #[must_use]
+    pub fn log_size(&self) -> u64 {
+        fs::metadata(self.log()).map_or(0, |metadata| metadata.len())
+    }
+
+    /// The log from byte `from` on, at most the last 20,000 characters. The shims' logs are in it.
+    #[must_use]
+    pub fn log_tail(&self, from: u64) -> String {
+        let log = fs::read(self.log()).unwrap_or_default();
+        let from = usize::try_from(from)
+            .unwrap_or(0)
+            .max(log.len().saturating_sub(20_000));
+        String::from_utf8_lossy(log.get(from..).unwrap_or_default()).into_owned()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.join("containerd.log")
+    }
+}
+
+fn version() -> String {
+    let mut command = Command::new(&config().containerd);
+    command.arg("--version");
+    let text = Session::start(command, config().seconds(20)).finish().text();
+    let version = text.split_whitespace().nth(2).expect("containerd's version");
+    version
+        .trim_start_matches('v')
+        .split(['~', '+', '-'])
+        .next()
+        .expect("split gives one part")
+        .to_owned()
+}
+
+fn configuration(directory: &Path, version: &str) -> String {
+    let directory = directory.display();
+    let mut text = format!(
+        r#"version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"]
+[grpc]
+  address = "{directory}/containerd.sock"
+[ttrpc]
+  address = "{directory}/containerd.sock.ttrpc"
+[debug]
+  level = "debug"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "{directory}/blockfile"
+  scratch_file = "{directory}/scratch.ext4"
+  fs_type = "ext4"
+  mount_options = ["loop"]
+"#
+    );
+    if !version.starts_with('1') {
+        text += "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
+    }
+    text
+}
+
+fn blockfile_scratch(file: &Path) {
+    File::create(file)
+        .and_then(|file| file.set_len(64 << 20))
+        .expect("a sparse file");
+    let mut command = Command::new("mkfs.ext4");
+    command
+        .args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
+        .arg(file);
+    let _ = Session::start(command, config().seconds(30))
+        .finish()
+        .expect_code(0);
+}
+
+/// Starts containerd from a thread that lives as long as the process, since the signal at the
+/// parent's death comes when the *thread* that forked ends.
+fn spawn(directory: &Path) -> i32 {
+    let (sender, receiver) = mpsc::channel();
+    let directory = directory.to_path_buf();
+    thread::spawn(move || {
+        let log = File::create(directory.join("containerd.log")).expect("a log file");
+        let mut command = Command::new(&config().containerd);
+        command
+            .arg("--config")
+            .arg(directory.join("config.toml"))
+            .stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        // SAFETY: prctl is async-signal-safe and takes integers.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        let mut child = command.spawn().expect("containerd starts");
+        sender
+            .send(i32::try_from(child.id()).expect("a process id"))
+            .expect("the receiver waits");
+        let status = child.wait();
+        eprintln!("containerd ended: {status:?}");
+    });
+    receiver
+        .recv()
+        .expect("the thread sends the process id or has panicked")
+}
+
+/// Ends containerd and takes its directory away.
+extern "C" fn end() {
+    let pid = PID.load(Ordering::SeqCst);
+    if pid != 0 && kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok() {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while host::is_alive(pid) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let directory = PathBuf::from(format!("/run/bulkhead-tests/{}", std::process::id()));
+    if let Some(logs) = &config().log_dir {
+        // A lost log is no reason to fail at exit.
+        let _ = fs::copy(directory.join("containerd.log"), logs.join("containerd.log"));
+    }
+    let _ = umount2(&directory, MntFlags::MNT_DETACH);
+    let _ = fs::remove_dir(&directory);
+    let _ = fs::remove_dir("/run/bulkhead-tests");
+    let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(NAMESPACE));
+}
