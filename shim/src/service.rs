@@ -1,0 +1,425 @@
+//! containerd's task service over one sandbox.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bulkhead_sandbox::mount::Mount;
+use bulkhead_sandbox::{ContainerRequest, Error, ExecRequest, Exit, Sandbox, Status, Stdio, spec};
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use containerd_shim_protos::shim_async::Task as TaskService;
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::Notify;
+use ttrpc::asynchronous::TtrpcContext;
+use ttrpc::proto::Code;
+
+use crate::events::{self, Task, Tasks, any};
+use crate::io::{self, Owner, Paths};
+use crate::stats;
+use crate::status::{from_sandbox, status};
+
+type Result<T> = ttrpc::Result<T>;
+type Empty = api::Empty;
+
+/// The service. One server serves every container of a pod.
+pub struct Service {
+    sandbox: Sandbox,
+    namespace: String,
+    tasks: Tasks,
+    /// Id of the container that stands for the sandbox; absent: a stand-alone container.
+    sandbox_container: Option<String>,
+    /// The first bundle and its specification, read before the server was there.
+    first: Mutex<Option<(PathBuf, Spec)>>,
+    shutdown: Arc<Notify>,
+}
+
+impl Service {
+    /// Serves `sandbox`. `shutdown` is told when containerd wants the server to end.
+    #[must_use]
+    pub fn new(
+        sandbox: Sandbox,
+        namespace: String,
+        tasks: Tasks,
+        sandbox_container: Option<String>,
+        first: (PathBuf, Spec),
+        shutdown: Arc<Notify>,
+    ) -> Self {
+        Self {
+            sandbox,
+            namespace,
+            tasks,
+            sandbox_container,
+            first: Mutex::new(Some(first)),
+            shutdown,
+        }
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, std::collections::HashMap<String, Task>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spec_of(&self, bundle: &Path) -> std::result::Result<Spec, Error> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match first {
+            Some((first_bundle, spec)) if first_bundle == bundle => Ok(spec),
+            _ => Ok(spec::load(bundle)?),
+        }
+    }
+
+    async fn open_streams(&self, container: &str, paths: &Paths) -> Result<Stdio> {
+        let owner = Owner {
+            container,
+            namespace: &self.namespace,
+        };
+        io::open(paths, owner, Some(self.sandbox.timeline()))
+            .await
+            .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
+    }
+
+    async fn create_container(&self, request: &api::CreateTaskRequest, paths: &Paths) -> Result<()> {
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
+        let is_sandbox = self.sandbox_container.as_deref() == Some(&request.id);
+        let stdio = if is_sandbox {
+            Stdio::default()
+        } else {
+            self.open_streams(&request.id, paths).await?
+        };
+        let root = request
+            .rootfs
+            .iter()
+            .map(|mount| Mount {
+                kind: mount.type_.clone(),
+                source: mount.source.clone(),
+                target: mount.target.clone(),
+                options: mount.options.clone(),
+            })
+            .collect();
+        let container = ContainerRequest {
+            id: request.id.clone(),
+            spec,
+            bundle,
+            root,
+            stdio,
+            is_sandbox,
+        };
+        self.sandbox
+            .create(container)
+            .await
+            .map_err(|error| from_sandbox(&error))
+    }
+}
+
+fn pid() -> u32 {
+    std::process::id()
+}
+
+fn exited_at(exit: Exit) -> MessageField<Timestamp> {
+    Some(events::timestamp(exit.at_ns)).into()
+}
+
+#[async_trait]
+impl TaskService for Service {
+    async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
+        let state = self
+            .sandbox
+            .state(&request.id, &request.exec_id)
+            .map_err(|error| from_sandbox(&error))?;
+        let task = self.tasks().get(&request.id).cloned().unwrap_or_default();
+        let paths = match request.exec_id.as_str() {
+            "" => task.paths,
+            exec => task.execs.get(exec).cloned().unwrap_or_default(),
+        };
+        let status = match state.status {
+            Status::Created => api::Status::CREATED,
+            Status::Running => api::Status::RUNNING,
+            Status::Paused => api::Status::PAUSED,
+            Status::Pausing => api::Status::PAUSING,
+            Status::Stopped => api::Status::STOPPED,
+        };
+        Ok(api::StateResponse {
+            id: if request.exec_id.is_empty() {
+                request.id
+            } else {
+                request.exec_id.clone()
+            },
+            bundle: task.bundle,
+            pid: pid(),
+            status: status.into(),
+            stdin: paths.stdin,
+            stdout: paths.stdout,
+            stderr: paths.stderr,
+            terminal: paths.terminal,
+            exit_status: state.exit.map_or(0, |exit| exit.status),
+            exited_at: state.exit.map_or_else(MessageField::none, exited_at),
+            exec_id: request.exec_id,
+            ..api::StateResponse::default()
+        })
+    }
+
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateTaskRequest,
+    ) -> Result<api::CreateTaskResponse> {
+        self.sandbox.timeline().mark("create_called");
+        if !request.checkpoint.is_empty() {
+            return Err(status(
+                Code::UNIMPLEMENTED,
+                "restoring a checkpoint is not supported",
+            ));
+        }
+        let paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        {
+            let mut tasks = self.tasks();
+            if tasks.contains_key(&request.id) {
+                return Err(status(
+                    Code::ALREADY_EXISTS,
+                    format!("container {} already exists", request.id),
+                ));
+            }
+            let task = Task {
+                bundle: request.bundle.clone(),
+                rootfs: request.rootfs.clone(),
+                paths: paths.clone(),
+                ..Task::default()
+            };
+            tasks.insert(request.id.clone(), task);
+        }
+        if let Err(error) = self.create_container(&request, &paths).await {
+            self.tasks().remove(&request.id);
+            return Err(error);
+        }
+        Ok(api::CreateTaskResponse {
+            pid: pid(),
+            ..api::CreateTaskResponse::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> Result<api::StartResponse> {
+        let stdio = if request.exec_id.is_empty() {
+            Stdio::default()
+        } else {
+            // Checked before streams are opened: a logging program is not started for nothing.
+            self.sandbox
+                .state(&request.id, &request.exec_id)
+                .map_err(|error| from_sandbox(&error))?;
+            let paths = self
+                .tasks()
+                .get(&request.id)
+                .and_then(|task| task.execs.get(&request.exec_id).cloned());
+            self.open_streams(&request.id, &paths.unwrap_or_default()).await?
+        };
+        self.sandbox
+            .start_process(&request.id, &request.exec_id, stdio)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(api::StartResponse {
+            pid: pid(),
+            ..api::StartResponse::default()
+        })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
+        let exit = self
+            .sandbox
+            .delete(&request.id, &request.exec_id)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        {
+            let mut tasks = self.tasks();
+            if request.exec_id.is_empty() {
+                tasks.remove(&request.id);
+            } else if let Some(task) = tasks.get_mut(&request.id) {
+                task.execs.remove(&request.exec_id);
+            }
+        }
+        Ok(api::DeleteResponse {
+            pid: pid(),
+            exit_status: exit.status,
+            exited_at: exited_at(exit),
+            ..api::DeleteResponse::default()
+        })
+    }
+
+    /// The processes' ids in the guest: they mean nothing on the host. The sandbox container, which has
+    /// no process in the guest, answers with this process, so that containerd does not take it for lost.
+    async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
+        let mut processes: Vec<api::ProcessInfo> = self
+            .sandbox
+            .processes(&request.id)
+            .await
+            .map_err(|error| from_sandbox(&error))?
+            .into_iter()
+            .map(|process| {
+                let details = (!process.exec.is_empty()).then(|| {
+                    any(&ProcessDetails {
+                        exec_id: process.exec,
+                        ..ProcessDetails::default()
+                    })
+                });
+                api::ProcessInfo {
+                    pid: process.pid,
+                    info: details.into(),
+                    ..api::ProcessInfo::default()
+                }
+            })
+            .collect();
+        if processes.is_empty() && self.sandbox_container.as_deref() == Some(&request.id) {
+            processes.push(api::ProcessInfo {
+                pid: pid(),
+                ..api::ProcessInfo::default()
+            });
+        }
+        Ok(api::PidsResponse {
+            processes,
+            ..api::PidsResponse::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
+        self.sandbox
+            .pause(&request.id)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
+        self.sandbox
+            .resume(&request.id)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(Empty::default())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> Result<Empty> {
+        Err(status(Code::UNIMPLEMENTED, "checkpoints are not supported"))
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<Empty> {
+        self.sandbox
+            .signal(&request.id, &request.exec_id, request.signal, request.all)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Result<Empty> {
+        let process_json = request
+            .spec
+            .into_option()
+            .map(|any| any.value)
+            .unwrap_or_default();
+        let exec = ExecRequest {
+            container: request.id.clone(),
+            exec: request.exec_id.clone(),
+            process_json,
+        };
+        self.sandbox.exec(exec).map_err(|error| from_sandbox(&error))?;
+        if let Some(task) = self.tasks().get_mut(&request.id) {
+            let paths = Paths {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            };
+            task.execs.insert(request.exec_id, paths);
+        }
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> Result<Empty> {
+        let terminal = self
+            .tasks()
+            .get(&request.id)
+            .is_some_and(|task| match request.exec_id.as_str() {
+                "" => task.paths.terminal,
+                exec => task.execs.get(exec).is_some_and(|paths| paths.terminal),
+            });
+        self.sandbox
+            .resize(
+                &request.id,
+                &request.exec_id,
+                terminal,
+                request.width,
+                request.height,
+            )
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(Empty::default())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> Result<Empty> {
+        if request.stdin {
+            self.sandbox
+                .close_stdin(&request.id, &request.exec_id)
+                .map_err(|error| from_sandbox(&error))?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<Empty> {
+        let resources = request
+            .resources
+            .into_option()
+            .map(|any| any.value)
+            .unwrap_or_default();
+        self.sandbox
+            .update(&request.id, resources)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> Result<api::WaitResponse> {
+        let exit = self
+            .sandbox
+            .wait(&request.id, &request.exec_id)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        Ok(api::WaitResponse {
+            exit_status: exit.status,
+            exited_at: exited_at(exit),
+            ..api::WaitResponse::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
+        let counters = self
+            .sandbox
+            .stats(&request.id)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        let stats = any(&stats::metrics(&counters));
+        Ok(api::StatsResponse {
+            stats: Some(stats).into(),
+            ..api::StatsResponse::default()
+        })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> Result<api::ConnectResponse> {
+        let known = self.tasks().contains_key(&request.id);
+        Ok(api::ConnectResponse {
+            shim_pid: pid(),
+            task_pid: if known { pid() } else { 0 },
+            ..api::ConnectResponse::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Result<Empty> {
+        // Also asked after every container of a pod: only the last one's counts.
+        if self.sandbox.is_empty() {
+            self.shutdown.notify_one();
+        }
+        Ok(Empty::default())
+    }
+}

@@ -1,0 +1,133 @@
+//! A container's counters as containerd's metrics.
+
+use bulkhead_sandbox::ContainerStats;
+use containerd_shim_protos::cgroups_v2::metrics::{
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+};
+
+/// Translates cgroup v2 counters.
+#[must_use]
+pub fn metrics(stats: &ContainerStats) -> Metrics {
+    let cpu = |key: &str| stats.cpu.get(key).copied().unwrap_or(0);
+    let memory = |key: &str| stats.memory_stat.get(key).copied().unwrap_or(0);
+    let event = |key: &str| stats.memory_events.get(key).copied().unwrap_or(0);
+    let entries = stats.io.iter().map(|line| IOEntry {
+        major: line.major.into(),
+        minor: line.minor.into(),
+        rbytes: line.rbytes,
+        wbytes: line.wbytes,
+        rios: line.rios,
+        wios: line.wios,
+        ..IOEntry::default()
+    });
+    Metrics {
+        pids: Some(PidsStat {
+            current: stats.pids_current,
+            limit: limit(stats.pids_max),
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(CPUStat {
+            usage_usec: cpu("usage_usec"),
+            user_usec: cpu("user_usec"),
+            system_usec: cpu("system_usec"),
+            nr_periods: cpu("nr_periods"),
+            nr_throttled: cpu("nr_throttled"),
+            throttled_usec: cpu("throttled_usec"),
+            nr_bursts: cpu("nr_bursts"),
+            burst_usec: cpu("burst_usec"),
+            ..CPUStat::default()
+        })
+        .into(),
+        memory: Some(MemoryStat {
+            anon: memory("anon"),
+            file: memory("file"),
+            kernel_stack: memory("kernel_stack"),
+            slab: memory("slab"),
+            sock: memory("sock"),
+            shmem: memory("shmem"),
+            file_mapped: memory("file_mapped"),
+            file_dirty: memory("file_dirty"),
+            file_writeback: memory("file_writeback"),
+            anon_thp: memory("anon_thp"),
+            inactive_anon: memory("inactive_anon"),
+            active_anon: memory("active_anon"),
+            inactive_file: memory("inactive_file"),
+            active_file: memory("active_file"),
+            unevictable: memory("unevictable"),
+            slab_reclaimable: memory("slab_reclaimable"),
+            slab_unreclaimable: memory("slab_unreclaimable"),
+            pgfault: memory("pgfault"),
+            pgmajfault: memory("pgmajfault"),
+            workingset_refault: memory("workingset_refault_anon")
+                .saturating_add(memory("workingset_refault_file")),
+            workingset_activate: memory("workingset_activate_anon")
+                .saturating_add(memory("workingset_activate_file")),
+            workingset_nodereclaim: memory("workingset_nodereclaim"),
+            pgrefill: memory("pgrefill"),
+            pgscan: memory("pgscan"),
+            pgsteal: memory("pgsteal"),
+            pgactivate: memory("pgactivate"),
+            pgdeactivate: memory("pgdeactivate"),
+            pglazyfree: memory("pglazyfree"),
+            pglazyfreed: memory("pglazyfreed"),
+            thp_fault_alloc: memory("thp_fault_alloc"),
+            thp_collapse_alloc: memory("thp_collapse_alloc"),
+            usage: stats.memory_current,
+            usage_limit: stats.memory_max,
+            swap_usage: stats.swap_current,
+            swap_limit: stats.swap_max,
+            ..MemoryStat::default()
+        })
+        .into(),
+        memory_events: Some(MemoryEvents {
+            low: event("low"),
+            high: event("high"),
+            max: event("max"),
+            oom: event("oom"),
+            oom_kill: event("oom_kill"),
+            oom_group_kill: event("oom_group_kill"),
+            ..MemoryEvents::default()
+        })
+        .into(),
+        io: Some(IOStat {
+            usage: entries.collect(),
+            ..IOStat::default()
+        })
+        .into(),
+        ..Metrics::default()
+    }
+}
+
+/// containerd writes "no limit" on the number of processes as zero.
+fn limit(value: u64) -> u64 {
+    if value == u64::MAX { 0 } else { value }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    #[test]
+    fn counters_keep_their_meaning() {
+        let stats = ContainerStats {
+            cpu: HashMap::from([("usage_usec".into(), 7)]),
+            memory_stat: HashMap::from([("anon".into(), 5), ("workingset_refault_file".into(), 2)]),
+            memory_current: 10,
+            memory_max: u64::MAX,
+            memory_events: HashMap::from([("oom_kill".into(), 1)]),
+            pids_current: 3,
+            pids_max: u64::MAX,
+            ..ContainerStats::default()
+        };
+        let metrics = metrics(&stats);
+        assert_eq!(metrics.cpu.usage_usec, 7);
+        assert_eq!((metrics.memory.anon, metrics.memory.usage), (5, 10));
+        assert_eq!(metrics.memory.workingset_refault, 2);
+        assert_eq!(metrics.memory.usage_limit, u64::MAX);
+        assert_eq!((metrics.pids.current, metrics.pids.limit), (3, 0));
+        assert_eq!(metrics.memory_events.oom_kill, 1);
+    }
+}
