@@ -1,8 +1,13 @@
 //! virtio devices (virtio 1.2), independent of the transport that carries them.
 
+pub mod balloon;
+pub mod block;
+pub mod config;
 mod device;
 mod interrupt;
+pub mod pmem;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_queue;
 

@@ -11,12 +11,13 @@ mod tests;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+pub(crate) use chain::for_each_part;
 pub use chain::{Chain, ChainError, IoVecs, MAX_SEGMENTS, Segment};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
 };
-use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{DeviceError, Interrupt};
@@ -141,28 +142,6 @@ impl DeviceQueue {
         let chain =
             Chain::parse(&self.memory, table, head, self.indirect, storage).map_err(DeviceError::Chain)?;
         Ok(Some(chain))
-    }
-
-    /// As [`pop`](Self::pop), with the `virtio-queue` crate's own view of the same chain for libraries that
-    /// want one. That view reads descriptors from guest memory again when it is iterated: it is bounds-checked
-    /// but need not agree with the checked chain if the driver rewrites the table.
-    ///
-    /// # Errors
-    /// As [`pop`](Self::pop).
-    #[expect(clippy::type_complexity, reason = "named once")]
-    pub fn pop_with_raw(
-        &mut self,
-    ) -> Result<Option<(Chain, DescriptorChain<Arc<GuestMemory>>)>, DeviceError> {
-        let Some(chain) = self.pop()? else {
-            return Ok(None);
-        };
-        self.queue.go_to_previous_position();
-        let memory = self.memory.clone();
-        let raw = self.queue.iter(memory).map_err(DeviceError::Queue)?.next();
-        let raw = raw.filter(|raw| raw.head_index() == chain.head());
-        // The driver changed the ring between the two looks at it.
-        let raw = raw.ok_or(DeviceError::Chain(ChainError::HeadChanged))?;
-        Ok(Some((chain, raw)))
     }
 
     /// Puts the chain popped last back, to be popped again.

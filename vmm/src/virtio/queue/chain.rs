@@ -48,9 +48,6 @@ pub enum ChainError {
     /// An indirect table of no or half descriptors.
     #[error("Indirect table has a bad length of {0} bytes")]
     IndirectLength(u32),
-    /// The available ring changed under the device.
-    #[error("Head of the chain changed while it was read")]
-    HeadChanged,
 }
 
 /// One buffer of a chain, inside guest memory.
@@ -324,6 +321,40 @@ impl<'a> IoVecs<'a> {
         self.len == 0
     }
 
+    /// Takes the first `count` bytes off, or all there are.
+    #[must_use]
+    pub fn split_to(&mut self, count: usize) -> IoVecs<'a> {
+        let count = count.min(self.len);
+        let mut left = count;
+        let mut vectors = Vec::new();
+        for vector in &self.vectors {
+            let iov_len = vector.iov_len.min(left);
+            if iov_len == 0 {
+                break;
+            }
+            left -= iov_len;
+            vectors.push(libc::iovec {
+                iov_base: vector.iov_base,
+                iov_len,
+            });
+        }
+        self.advance(count);
+        IoVecs {
+            vectors,
+            len: count,
+            memory: PhantomData,
+        }
+    }
+
+    /// Zeroes every byte.
+    pub fn zero(&self) {
+        for vector in &self.vectors {
+            // SAFETY: the vector lies in guest memory, mapped for `'a`, and no Rust reference to it exists. A
+            // guest that writes there at the same time finds either value, as on hardware.
+            unsafe { std::ptr::write_bytes(vector.iov_base.cast::<u8>(), 0, vector.iov_len) };
+        }
+    }
+
     /// Drops the first `count` bytes, after a short read or write.
     pub fn advance(&mut self, count: usize) {
         let mut left = count.min(self.len);
@@ -344,7 +375,7 @@ impl<'a> IoVecs<'a> {
 
 /// Calls `each` with the address and length of every part of the `len` bytes that start at `offset`.
 /// Nothing is called if the segments end before that.
-fn for_each_part(
+pub fn for_each_part(
     segments: &[Segment],
     offset: usize,
     len: usize,
