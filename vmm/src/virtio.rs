@@ -5,11 +5,13 @@ pub mod block;
 pub mod config;
 mod device;
 mod interrupt;
+pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_queue;
+pub mod vsock;
 
 pub use device::{Activation, DeviceError, VirtioDevice};
 pub use interrupt::Interrupt;

@@ -1,0 +1,418 @@
+//! Queues of the network device.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::tap::{Frame, OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
+use crate::virtio::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
+use crate::virtio::{Activation, DeviceError, VirtioDevice, config};
+
+/// Device id (virtio 1.2, 5).
+const DEVICE_TYPE: u32 = 1;
+/// Receive and transmit queue (virtio 1.2, 5.1.2).
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+const RX: usize = 0;
+const TX: usize = 1;
+
+/// Everything the device offers; UFO is left out, Linux guests no longer produce it.
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | RING_FEATURES
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_MTU;
+
+/// Bytes of `virtio_net_hdr_v1` (virtio 1.2, 5.1.6) and the offset of its `num_buffers`.
+const HEADER_SIZE: usize = 12;
+const NUM_BUFFERS: usize = 10;
+/// Bytes of an Ethernet header, and of one with a VLAN tag.
+const ETHERNET_HEADER: usize = 14;
+const ETHERNET_VLAN_HEADER: usize = 18;
+/// Largest packet of a segmentation offload.
+const MAX_SEGMENT: usize = 65_535;
+
+/// Frames in each direction before other devices get their turn.
+const BUDGET: usize = 256;
+
+/// Poller's names of its descriptors.
+const TAP: u64 = 0;
+const WAKE: u64 = 1;
+
+/// Why a network device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The poller could not be created, or does not take the tap.
+    #[error("Cannot poll the tap")]
+    Poller(#[source] io::Error),
+    /// The tap cannot be made non-blocking.
+    #[error("Tap cannot be used")]
+    Tap(#[source] io::Error),
+    /// Bit 0 of the first byte is set (group address) or all is zero.
+    #[error("Hardware address is not that of one station")]
+    Address,
+    /// Below 68, the least IPv4 allows (RFC 791).
+    #[error("MTU {0} is too small")]
+    Mtu(u16),
+}
+
+/// A network interface of a VM.
+#[derive(Debug)]
+pub struct Net {
+    name: String,
+    mac: [u8; 6],
+    mtu: u16,
+    tap: Tap,
+    poller: Epoll,
+    wake: EventFd,
+    active: Option<Active>,
+}
+
+/// What there is between activation and reset.
+#[derive(Debug)]
+struct Active {
+    rx: DeviceQueue,
+    tx: DeviceQueue,
+    /// Receive buffers taken from the ring for the next frames, oldest first, and their size in bytes.
+    /// Kept from frame to frame: a large segment needs many, a usual frame one.
+    buffers: VecDeque<Chain>,
+    room: usize,
+    /// Room the largest frame the tap may hand over needs, header included.
+    largest: usize,
+    mergeable: bool,
+    /// The tap may have a frame, or room for one; edge-triggered, so that it is not polled in vain while
+    /// the guest has no buffers.
+    readable: bool,
+    writable: bool,
+    /// The transmit queue may have frames.
+    tx_filled: bool,
+}
+
+/// What a snapshot keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetState {
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Largest frame payload in bytes.
+    pub mtu: u16,
+    /// The queues, empty if the device is not active.
+    pub queues: Vec<DeviceQueueState>,
+}
+
+impl Net {
+    /// Interface number `index` on `tap`, which has `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR` and is attached.
+    ///
+    /// # Errors
+    /// See [`NetError`].
+    pub fn new(index: usize, tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        if mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err(NetError::Address);
+        }
+        if mtu < 68 {
+            return Err(NetError::Mtu(mtu));
+        }
+        let tap = Tap::new(tap).map_err(NetError::Tap)?;
+        let poller = Epoll::new().map_err(NetError::Poller)?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(NetError::Poller)?;
+        let edges = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        for (fd, events, token) in [
+            (tap.as_raw_fd(), edges, TAP),
+            (wake.as_raw_fd(), EventSet::IN, WAKE),
+        ] {
+            poller
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+                .map_err(NetError::Poller)?;
+        }
+        Ok(Self {
+            name: format!("net{index}"),
+            mac,
+            mtu,
+            tap,
+            poller,
+            wake,
+            active: None,
+        })
+    }
+
+    /// State for a snapshot. Receive buffers that are held go back to the ring; the device thread is
+    /// stopped.
+    pub fn save(&mut self) -> NetState {
+        let mut queues = Vec::new();
+        if let Some(active) = &mut self.active {
+            active.release();
+            queues = vec![active.rx.save(), active.tx.save()];
+        }
+        NetState {
+            mac: self.mac,
+            mtu: self.mtu,
+            queues,
+        }
+    }
+
+    /// The tap, for tests that put something else in its place.
+    #[cfg(test)]
+    pub(super) fn tap(&mut self) -> &mut Tap {
+        &mut self.tap
+    }
+
+    fn serve(&mut self) -> Result<(), DeviceError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let mut result = active.transmit(&self.tap);
+        if result.is_ok() {
+            result = active.receive(&self.tap);
+        }
+        match result {
+            Ok(done) => {
+                if !done || (active.tx_filled && active.writable) {
+                    // It can fail only if the counter is full: then it is readable.
+                    let _ = self.wake.write(1);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                // The queues are not touched again.
+                self.active = None;
+                Err(error)
+            }
+        }
+    }
+
+    fn poll(&mut self) -> io::Result<()> {
+        let mut ready = [EpollEvent::default(); 2];
+        let count = match self.poller.wait(0, &mut ready) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &ready[..count] {
+            if event.data() == WAKE {
+                let _ = self.wake.read();
+            } else if let Some(active) = &mut self.active {
+                active.readable = true;
+                active.writable = true;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Active {
+    /// Sends the guest's frames; `false` if the budget ran out first.
+    fn transmit(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+        let memory = self.tx.memory().clone();
+        let mut budget = BUDGET;
+        while self.tx_filled && self.writable && budget > 0 {
+            budget -= 1;
+            let Some(chain) = self.tx.pop()? else {
+                self.tx_filled = false;
+                break;
+            };
+            if chain.writable_len() != 0 {
+                return Err(DeviceError::Protocol("transmit buffer is device-writable"));
+            }
+            let len = chain.readable_len();
+            if len < HEADER_SIZE {
+                return Err(DeviceError::Protocol("frame is shorter than its header"));
+            }
+            // Any program in the guest with a raw socket can make a frame of a bad size.
+            let sizes = HEADER_SIZE + ETHERNET_HEADER..=HEADER_SIZE + ETHERNET_VLAN_HEADER + MAX_SEGMENT;
+            if sizes.contains(&len) {
+                let vectors = chain.read_vectors(&memory, 0, len)?;
+                if let Frame::Blocked = tap.write(vectors.as_slice()).map_err(DeviceError::Backend)? {
+                    self.writable = false;
+                    self.tx.undo_pop(chain);
+                    break;
+                }
+            }
+            self.tx.add_used(chain, 0)?;
+        }
+        self.tx.signal()?;
+        Ok(budget > 0)
+    }
+
+    /// Receives frames from the tap; `false` if the budget ran out first.
+    fn receive(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+        let mut budget = BUDGET;
+        // Without room all stays as it is until the driver kicks.
+        while self.readable && budget > 0 && self.make_room()? {
+            budget -= 1;
+            if !self.receive_frame(tap)? {
+                self.readable = false;
+            }
+        }
+        self.rx.signal()?;
+        Ok(budget > 0)
+    }
+
+    /// Takes buffers from the ring until the largest frame fits; `false` if it does not.
+    fn make_room(&mut self) -> Result<bool, DeviceError> {
+        while self.room < self.largest && (self.mergeable || self.buffers.is_empty()) {
+            let Some(chain) = self.rx.pop()? else {
+                if self.buffers.len() == usize::from(self.rx.size()) {
+                    return Err(DeviceError::Protocol("receive ring cannot hold a frame"));
+                }
+                return Ok(false);
+            };
+            if chain.readable_len() != 0 {
+                return Err(DeviceError::Protocol("receive buffer is device-readable"));
+            }
+            let least = if self.mergeable { HEADER_SIZE } else { self.largest };
+            if chain.writable_len() < least {
+                return Err(DeviceError::Protocol("receive buffer is too small"));
+            }
+            self.room += chain.writable_len();
+            self.buffers.push_back(chain);
+        }
+        Ok(true)
+    }
+
+    /// Reads one frame into the buffers; `false` if there is none.
+    fn receive_frame(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+        let memory = self.rx.memory().clone();
+        let mut vectors = Vec::new();
+        for chain in &self.buffers {
+            vectors.extend_from_slice(chain.write_vectors(&memory, 0, chain.writable_len())?.as_slice());
+        }
+        let len = match tap.read(&vectors).map_err(DeviceError::Backend)? {
+            Frame::Bytes(len) => len,
+            Frame::Blocked => return Ok(false),
+            Frame::Dropped => return Ok(true),
+        };
+        if len < HEADER_SIZE {
+            return Ok(true);
+        }
+        let mut left = len;
+        let mut used: u16 = 0;
+        for chain in &self.buffers {
+            used += 1;
+            left = left.saturating_sub(chain.writable_len());
+            if left == 0 {
+                break;
+            }
+        }
+        if let Some(first) = self.buffers.front() {
+            first.write_at(&memory, NUM_BUFFERS, &used.to_le_bytes())?;
+        }
+        let mut left = len;
+        for chain in self.buffers.drain(..usize::from(used)) {
+            let size = chain.writable_len();
+            self.room -= size;
+            let part = left.min(size);
+            left -= part;
+            self.rx.add_used(chain, part as u32)?;
+        }
+        Ok(true)
+    }
+
+    /// Puts the held receive buffers back, newest first.
+    fn release(&mut self) {
+        while let Some(chain) = self.buffers.pop_back() {
+            self.rx.undo_pop(chain);
+        }
+        self.room = 0;
+    }
+}
+
+impl VirtioDevice for Net {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// `virtio_net_config` (virtio 1.2, 5.1.4): `mac`; `status` and `max_virtqueue_pairs`, which mean
+    /// nothing without their features; `mtu`.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&self.mac);
+        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
+        config::read(&config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let features = activation.features;
+        let has = |feature: u32| features & (1 << feature) != 0;
+        // The TSO features need the checksum one (virtio 1.2, 5.1.3.1), and so does the tap.
+        let csum = has(VIRTIO_NET_F_GUEST_CSUM);
+        let tso4 = csum && has(VIRTIO_NET_F_GUEST_TSO4);
+        let tso6 = csum && has(VIRTIO_NET_F_GUEST_TSO6);
+        let offloads = [(csum, OFFLOAD_CSUM), (tso4, OFFLOAD_TSO4), (tso6, OFFLOAD_TSO6)]
+            .into_iter()
+            .filter_map(|(on, flag)| on.then_some(flag))
+            .sum();
+        self.tap
+            .configure(offloads, HEADER_SIZE)
+            .map_err(DeviceError::Backend)?;
+        let payload = if tso4 || tso6 {
+            MAX_SEGMENT
+        } else {
+            usize::from(self.mtu)
+        };
+        let queues = DeviceQueue::from_activation(activation);
+        let Ok([rx, tx]) = <[DeviceQueue; 2]>::try_from(queues) else {
+            return Err(DeviceError::Protocol("network device needs two queues"));
+        };
+        self.active = Some(Active {
+            rx,
+            tx,
+            buffers: VecDeque::new(),
+            room: 0,
+            largest: HEADER_SIZE + ETHERNET_VLAN_HEADER + payload,
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            readable: true,
+            writable: true,
+            tx_filled: true,
+        });
+        self.serve()
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+        match (index, &mut self.active) {
+            (TX, Some(active)) => active.tx_filled = true,
+            (RX, Some(_)) => {}
+            _ => return Ok(()),
+        }
+        self.serve()
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        Some(self.poller.as_raw_fd())
+    }
+
+    fn process_event(&mut self) -> Result<(), DeviceError> {
+        self.poll().map_err(DeviceError::Backend)?;
+        self.serve()
+    }
+}
