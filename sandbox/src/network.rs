@@ -9,6 +9,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::spec::NetworkNamespace;
 
+mod interfaces;
+mod netlink;
+mod tap;
+
 /// Why the pod's network could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -21,6 +25,33 @@ pub enum NetworkError {
     /// A namespace cannot be made.
     #[error("Cannot create a network namespace")]
     Create(#[source] Errno),
+    /// The rtnetlink socket does not work.
+    #[error("Cannot use an rtnetlink socket")]
+    Socket(#[source] std::io::Error),
+    /// The kernel sent something that is not an answer.
+    #[error("Cannot decode an rtnetlink answer")]
+    Decode(#[source] netlink_packet_core::DecodeError),
+    /// The kernel refused.
+    #[error("The kernel refused to {what}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Reason.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A tap device cannot be made.
+    #[error("Cannot create a tap device for {interface}")]
+    Tap {
+        /// Interface of the pod.
+        interface: String,
+        /// Reason.
+        #[source]
+        error: std::io::Error,
+    },
+    /// An interface is of a kind that cannot be joined to the guest.
+    #[error("Interface {0} has addresses but is not an Ethernet device")]
+    Kind(String),
 }
 
 /// Moves the calling, still single-threaded process into the pod's network namespace.
@@ -36,6 +67,30 @@ pub fn enter(namespace: &NetworkNamespace) -> Result<(), NetworkError> {
                 .map_err(|errno| NetworkError::Enter(path.clone(), errno))
         }
     }
+}
+
+/// Joins every interface of the current network namespace to a tap device for the guest, and describes
+/// what the guest has to set up. Loopback is the guest's own.
+///
+/// The interfaces stay as the network plugin made them; only their traffic is redirected. Taps go with
+/// their descriptors, and the redirections with the interface or its tap, so nothing is left to undo.
+///
+/// # Errors
+/// [`NetworkError`]; what was joined before is undone when the descriptors are dropped.
+pub fn attach() -> Result<GuestNetwork, NetworkError> {
+    let mut netlink = netlink::Netlink::open()?;
+    let found = interfaces::scan(&mut netlink)?;
+    let mut nets = Vec::new();
+    for (number, interface) in found.interfaces.iter().enumerate() {
+        let tap = tap::create(&mut netlink, interface, number)?;
+        nets.push(GuestNet {
+            tap,
+            mac: interface.mac,
+            mtu: interface.mtu,
+        });
+    }
+    let request = (!nets.is_empty()).then(|| found.request());
+    Ok(GuestNetwork { nets, request })
 }
 
 /// A network device of the guest.

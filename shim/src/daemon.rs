@@ -119,17 +119,21 @@ fn set_oom_score_adj() {
 }
 
 /// The pod's network namespace, and a mount namespace whose mounts end with this process and its VMM.
-fn enter_namespaces(daemon: &Daemon) -> Result<(), Error> {
+fn enter_namespaces(daemon: &Daemon) -> Result<GuestNetwork, Error> {
     use nix::mount::MsFlags;
     network::enter(&daemon.network)?;
     let none: Option<&str> = None;
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .and_then(|()| nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none))
         .map_err(|errno| mount::MountError::Open("/".into(), errno))?;
-    Ok(())
+    match daemon.network {
+        // A new namespace has nothing but loopback, and the guest has its own.
+        NetworkNamespace::Fresh => Ok(GuestNetwork::default()),
+        NetworkNamespace::Path(_) => Ok(network::attach()?),
+    }
 }
 
-async fn serve(daemon: Daemon, entered: Result<(), Error>) -> i32 {
+async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
     let Daemon {
         args,
         config,
@@ -166,6 +170,10 @@ async fn serve(daemon: Daemon, entered: Result<(), Error>) -> i32 {
     timeline.mark_at("shim_start", daemon.started_us);
     timeline.mark("shim_ready");
 
+    let (network, refusal) = match entered {
+        Ok(network) => (network, None),
+        Err(error) => (GuestNetwork::default(), Some(error)),
+    };
     let tasks = Tasks::default();
     let publisher = Publisher::start(daemon.ttrpc_address, args.namespace.clone(), Arc::clone(&tasks));
     let process = spec.process().as_ref();
@@ -184,11 +192,11 @@ async fn serve(daemon: Daemon, entered: Result<(), Error>) -> i32 {
         cgroup,
         home_cgroup,
         journal,
-        network: GuestNetwork::default(),
+        network,
         timeline,
         config,
     };
-    let sandbox = Sandbox::start(options, publisher.clone(), entered.err());
+    let sandbox = Sandbox::start(options, publisher.clone(), refusal);
     let shutdown = Arc::new(Notify::new());
     let service = Service::new(
         sandbox.clone(),

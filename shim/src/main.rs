@@ -60,6 +60,7 @@ fn print(bytes: &[u8]) -> ExitCode {
 }
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("{}", chain(error));
+    // containerd puts this into a sentence of its own: no line end.
+    eprint!("{}", chain(error));
     ExitCode::FAILURE
 }
