@@ -4,14 +4,14 @@ pub mod balloon;
 pub mod block;
 pub mod config;
 mod device;
+pub mod fs;
 mod interrupt;
-pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_queue;
-pub mod vsock;
+pub mod worker;
 
 pub use device::{Activation, DeviceError, VirtioDevice};
 pub use interrupt::Interrupt;

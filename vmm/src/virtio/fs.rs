@@ -1,0 +1,180 @@
+//! File system device (virtio 1.2, 5.11): a host directory served to the guest.
+//!
+//! The file server is the library of `virtiofsd`. It runs on a worker thread of its own, because any
+//! request may block on the host's file systems, and because it changes directory, umask and credentials
+//! of its thread while it works.
+
+mod message;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
+use super::worker::Worker;
+use super::{Activation, DeviceError, VirtioDevice, config};
+
+/// Longest tag in bytes (virtio 1.2, 5.11.4).
+const TAG_SIZE: usize = 36;
+
+/// The high priority queue and one request queue (virtio 1.2, 5.11.2). Linux sends no request of more pages
+/// than the request queue has entries, less four; 512 allows the server's 1 MiB.
+const QUEUE_SIZES: &[u16] = &[128, 512];
+
+/// Why a file system device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// The tag is empty or too long.
+    #[error("Tag of the shared tree must have 1 to 36 bytes")]
+    Tag,
+    /// No more descriptors.
+    #[error("Cannot create an event descriptor")]
+    Event(#[source] io::Error),
+    /// The limit of open files cannot be set.
+    #[error("Cannot raise the limit of open files")]
+    Limit(#[source] io::Error),
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Fs {
+    name: String,
+    config: [u8; TAG_SIZE + 4],
+    root: File,
+    proc_self_fd: Option<File>,
+    guest_files: u64,
+    kicks: Arc<Vec<EventFd>>,
+    failed: EventFd,
+    worker: Option<Worker>,
+    /// State of the queues while paused.
+    paused: Option<Vec<DeviceQueueState>>,
+}
+
+impl Fs {
+    /// Serves the directory `root` under the mount tag `tag`. `proc_self_fd` is this process's
+    /// `/proc/self/fd`; without it the path is opened when the driver starts the device.
+    ///
+    /// The server keeps a descriptor for every file the guest knows, so this raises the process's limit of
+    /// open files as far as it goes.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn new(index: u32, tag: &str, root: File, proc_self_fd: Option<File>) -> Result<Self, FsError> {
+        if tag.is_empty() || tag.len() > TAG_SIZE {
+            return Err(FsError::Tag);
+        }
+        let mut config = [0; TAG_SIZE + 4];
+        config[..tag.len()].copy_from_slice(tag.as_bytes());
+        config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
+        let guest_files = server::raise_file_limit(&root).map_err(FsError::Limit)?;
+        Ok(Self {
+            name: format!("fs{index}"),
+            config,
+            root,
+            proc_self_fd,
+            guest_files,
+            kicks: Arc::default(),
+            failed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(FsError::Event)?,
+            worker: None,
+            paused: None,
+        })
+    }
+
+    /// State of the queues for a snapshot, in a pause. What the server knows of the guest's open files is
+    /// not part of it.
+    pub fn save(&self) -> Option<&[DeviceQueueState]> {
+        self.paused.as_deref()
+    }
+
+    fn start(&self, queues: Vec<DeviceQueue>) -> io::Result<Worker> {
+        let root = self.root.try_clone()?;
+        let proc_self_fd = self.proc_self_fd.as_ref().map(File::try_clone).transpose()?;
+        let guest_files = self.guest_files;
+        Worker::start(
+            &self.name,
+            self.kicks.clone(),
+            self.failed.try_clone()?,
+            move || server::Server::new(&root, proc_self_fd, guest_files, queues),
+        )
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | RING_FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        config::read(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        // Stops the worker of a driver that did not reset the device.
+        self.worker = None;
+        let queues = DeviceQueue::from_activation(activation);
+        self.worker = Some(self.start(queues).map_err(DeviceError::Backend)?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+        self.paused = None;
+    }
+
+    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
+        // Kicks go to the worker.
+        Ok(())
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        Some(self.failed.as_raw_fd())
+    }
+
+    fn process_event(&mut self) -> Result<(), DeviceError> {
+        // Empty if the device was reset meanwhile.
+        let _ = self.failed.read();
+        match self.worker.as_ref().and_then(Worker::take_failure) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn owns_queue_events(&self) -> bool {
+        true
+    }
+
+    fn set_queue_events(&mut self, events: Vec<EventFd>) {
+        self.kicks = Arc::new(events);
+    }
+
+    fn pause(&mut self) {
+        self.paused = self.worker.as_ref().map(Worker::pause);
+    }
+
+    fn resume(&mut self) {
+        self.paused = None;
+        if let Some(worker) = &self.worker {
+            worker.resume();
+        }
+    }
+}

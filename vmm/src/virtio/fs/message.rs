@@ -1,0 +1,191 @@
+//! Hands FUSE messages to the library, which has its own types for guest memory and descriptor chains.
+//!
+//! The library reads descriptors and message headers from guest memory, where the driver can change them at
+//! any time, and panics on some combinations no driver sends. So it gets a chain of our own making: a
+//! table in private memory that repeats the checked chain, with a private copy of the message header in
+//! front. Only payload is still in guest memory.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::memory::GuestMemory;
+use crate::virtio::DeviceError;
+use crate::virtio::queue::{Chain, MAX_SEGMENTS, for_each_part};
+
+/// Bytes of `struct fuse_in_header`: length, opcode, id, node, user, group, process, extensions.
+const IN_HEADER_SIZE: usize = 40;
+
+/// Bytes of `struct fuse_out_header`.
+const OUT_HEADER_SIZE: usize = 16;
+
+/// How much of a message is copied: the header and the longest fixed argument, that of `FUSE_SETATTR`.
+const COPY_SIZE: usize = 128;
+
+/// Opcodes that get no answer: `FUSE_FORGET`, `FUSE_INTERRUPT`, `FUSE_BATCH_FORGET`.
+const UNANSWERED: [u32; 3] = [2, 36, 42];
+
+/// `FUSE_GETXATTR` and `FUSE_LISTXATTR`, whose argument starts with a buffer size.
+const XATTR: [u32; 2] = [22, 23];
+
+/// Largest value or list of extended attributes in Linux (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const MAX_XATTR: u32 = 64 << 10;
+
+/// Where the private memory appears to the library: above all that is physical.
+const PRIVATE: u64 = 1 << 60;
+/// Entries of the private descriptor table: the copy, a full chain, and a first segment cut in two.
+const TABLE_ENTRIES: u16 = (2 * MAX_SEGMENTS) as u16;
+/// Available ring behind the table, with one entry: head 0.
+const AVAILABLE: u64 = PRIVATE + 16 * TABLE_ENTRIES as u64;
+/// The copy of the message's start.
+const COPY: u64 = AVAILABLE + 0x2000;
+const PRIVATE_SIZE: usize = (COPY - PRIVATE) as usize + 0x1000;
+
+/// The dirty bitmap type of the guest memory the library works on, which it does not name itself.
+type Bitmap = <Reader<'static> as HasBitmap>::Bitmap;
+
+trait HasBitmap {
+    type Bitmap;
+}
+
+impl<B> HasBitmap for Reader<'_, B> {
+    type Bitmap = B;
+}
+
+/// Guest memory and message chains in the library's terms.
+pub(super) struct Messages {
+    /// Guest memory and the private region.
+    view: GuestMemoryMmap<Bitmap>,
+    queue: Queue,
+    /// Keeps what `view` points to mapped.
+    memory: Arc<GuestMemory>,
+}
+
+impl Messages {
+    /// Prepares for messages in `memory`.
+    ///
+    /// # Errors
+    /// The private memory cannot be mapped.
+    pub(super) fn new(memory: Arc<GuestMemory>) -> io::Result<Self> {
+        let view = view(&memory)?;
+        let queue = private_queue(&view).map_err(io::Error::other)?;
+        Ok(Self { view, queue, memory })
+    }
+
+    /// The two sides of the message in `chain`.
+    ///
+    /// # Errors
+    /// The message has no header, no room for an answer, or asks for more than any driver does.
+    pub(super) fn open(&mut self, chain: &Chain) -> Result<(Reader<'_>, Writer<'_>), DeviceError> {
+        let mut copy = [0; COPY_SIZE];
+        let copied = chain.readable_len().min(COPY_SIZE);
+        if copied < IN_HEADER_SIZE {
+            return Err(DeviceError::Protocol("FUSE message without a header"));
+        }
+        chain.read_at(&self.memory, 0, &mut copy[..copied])?;
+        check(&copy, chain.writable_len())?;
+        let chain = rebuild(&self.view, &mut self.queue, chain, &copy[..copied])?;
+        let library = |error| DeviceError::Backend(io::Error::other(error));
+        let reader = Reader::new(&self.view, chain.clone()).map_err(library)?;
+        let writer = Writer::new(&self.view, chain).map_err(library)?;
+        Ok((reader, writer))
+    }
+}
+
+/// Repeats a checked chain in private memory, with `copy` in place of its first bytes.
+fn rebuild<'a>(
+    view: &'a GuestMemoryMmap<Bitmap>,
+    queue: &mut Queue,
+    chain: &Chain,
+    copy: &[u8],
+) -> Result<DescriptorChain<&'a GuestMemoryMmap<Bitmap>>, DeviceError> {
+    let mut table = Table::default();
+    table.push(COPY, copy.len(), 0);
+    let rest = chain.readable_len() - copy.len();
+    for_each_part(chain.readable(), copy.len(), rest, |address, len| {
+        table.push(address, len, 0);
+        Ok(())
+    })?;
+    for segment in chain.writable() {
+        table.push(segment.address, segment.len as usize, VRING_DESC_F_WRITE);
+    }
+    view.write_slice(copy, GuestAddress(COPY))
+        .map_err(DeviceError::Memory)?;
+    view.write_slice(&table.finish(), GuestAddress(PRIVATE))
+        .map_err(DeviceError::Memory)?;
+    queue.set_next_avail(0);
+    let mut chains = queue.iter(view).map_err(DeviceError::Queue)?;
+    chains
+        .next()
+        .ok_or(DeviceError::Protocol("private queue is empty"))
+}
+
+/// Refuses messages the library would panic or run out of memory on.
+fn check(copy: &[u8; COPY_SIZE], writable: usize) -> Result<(), DeviceError> {
+    let word = |at: usize| u32::from_le_bytes([copy[at], copy[at + 1], copy[at + 2], copy[at + 3]]);
+    let opcode = word(4);
+    if writable < OUT_HEADER_SIZE && !UNANSWERED.contains(&opcode) {
+        return Err(DeviceError::Protocol("FUSE message without room for an answer"));
+    }
+    if XATTR.contains(&opcode) && word(IN_HEADER_SIZE) > MAX_XATTR {
+        return Err(DeviceError::Protocol(
+            "FUSE request for too long an extended attribute",
+        ));
+    }
+    Ok(())
+}
+
+/// A descriptor table (virtio 1.2, 2.7.5) in which every descriptor is followed by the next.
+#[derive(Default)]
+struct Table {
+    descriptors: Vec<[u8; 16]>,
+}
+
+impl Table {
+    fn push(&mut self, address: u64, len: usize, flags: u32) {
+        let next = self.descriptors.len() as u128 + 1;
+        let flags = u128::from(flags | VRING_DESC_F_NEXT);
+        let descriptor = u128::from(address) | (len as u128) << 64 | flags << 96 | next << 112;
+        self.descriptors.push(descriptor.to_le_bytes());
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        if let Some(last) = self.descriptors.last_mut() {
+            last[12] &= !(VRING_DESC_F_NEXT as u8);
+        }
+        self.descriptors.into_flattened()
+    }
+}
+
+/// The same guest memory with the library's bitmap type, and the private region.
+fn view(memory: &GuestMemory) -> io::Result<GuestMemoryMmap<Bitmap>> {
+    let mut regions = Vec::new();
+    for region in memory.iter() {
+        // SAFETY: the mapping exists and stays as long as `Messages` holds its owner; the new region does not
+        // unmap it.
+        let mapping = unsafe {
+            MmapRegion::<Bitmap>::build_raw(region.as_ptr(), region.size(), region.prot(), region.flags())
+        };
+        let mapping = mapping.map_err(io::Error::other)?;
+        regions.extend(GuestRegionMmap::new(mapping, region.start_addr()));
+    }
+    let private = MmapRegion::new(PRIVATE_SIZE).map_err(io::Error::other)?;
+    regions.extend(GuestRegionMmap::new(private, GuestAddress(PRIVATE)));
+    GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+}
+
+/// A queue with one chain, that of the private table.
+fn private_queue(view: &GuestMemoryMmap<Bitmap>) -> Result<Queue, Box<dyn std::error::Error + Send + Sync>> {
+    let mut queue = Queue::new(TABLE_ENTRIES)?;
+    queue.try_set_desc_table_address(GuestAddress(PRIVATE))?;
+    queue.try_set_avail_ring_address(GuestAddress(AVAILABLE))?;
+    queue.set_ready(true);
+    view.write_obj(1u16, GuestAddress(AVAILABLE + 2))?;
+    Ok(queue)
+}

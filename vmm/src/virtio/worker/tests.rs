@@ -1,0 +1,131 @@
+use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+/// Counts calls; fails on queue 2.
+struct Counter(Arc<AtomicUsize>);
+
+impl Work for Counter {
+    fn process_queue(&mut self, index: usize, _interrupted: &AtomicBool) -> Result<(), DeviceError> {
+        if index == 2 && self.0.load(Ordering::SeqCst) > 0 {
+            return Err(DeviceError::Protocol("test"));
+        }
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn save_queues(&self) -> Vec<DeviceQueueState> {
+        Vec::new()
+    }
+}
+
+/// Never finishes a queue unless interrupted, as with a driver that feeds it for ever.
+struct Endless(Arc<AtomicUsize>);
+
+impl Work for Endless {
+    fn process_queue(&mut self, _index: usize, interrupted: &AtomicBool) -> Result<(), DeviceError> {
+        while !interrupted.load(Ordering::Acquire) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn save_queues(&self) -> Vec<DeviceQueueState> {
+        Vec::new()
+    }
+}
+
+fn event() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn counter(queues: usize) -> (Worker, Arc<Vec<EventFd>>, EventFd, Arc<AtomicUsize>) {
+    let kicks = Arc::new((0..queues).map(|_| event()).collect::<Vec<_>>());
+    let failed = event();
+    let count = Arc::new(AtomicUsize::new(0));
+    let for_worker = count.clone();
+    let worker = Worker::start("test", kicks.clone(), failed.try_clone().unwrap(), move || {
+        Ok(Counter(for_worker))
+    })
+    .unwrap();
+    (worker, kicks, failed, count)
+}
+
+#[test]
+fn kicks_are_served_at_start_and_later() {
+    let (_worker, kicks, _, count) = counter(2);
+    wait_until("first look", || count.load(Ordering::SeqCst) == 2);
+    for served in 3..10 {
+        kicks[served % 2].write(1).unwrap();
+        wait_until("kick", || count.load(Ordering::SeqCst) == served);
+    }
+}
+
+#[test]
+fn a_paused_worker_does_nothing_until_resumed() {
+    let (worker, kicks, _, count) = counter(1);
+    worker.pause();
+    let before = count.load(Ordering::SeqCst);
+    kicks[0].write(1).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(count.load(Ordering::SeqCst), before);
+    worker.resume();
+    wait_until("kick during the pause", || count.load(Ordering::SeqCst) > before);
+    worker.pause();
+    worker.pause();
+    worker.resume();
+}
+
+#[test]
+fn endless_work_is_paused_and_stopped() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let for_worker = count.clone();
+    let worker = Worker::start("test", Arc::new(vec![event()]), event(), move || {
+        Ok(Endless(for_worker))
+    })
+    .unwrap();
+    wait_until("start", || count.load(Ordering::SeqCst) > 0);
+    worker.pause();
+    let paused = count.load(Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!(count.load(Ordering::SeqCst), paused);
+    worker.resume();
+    wait_until("resume", || count.load(Ordering::SeqCst) > paused);
+    drop(worker);
+}
+
+#[test]
+fn a_failure_is_reported_once_and_pausing_still_works() {
+    let (worker, _kicks, failed, _) = counter(3);
+    wait_until("failure", || failed.read().is_ok());
+    assert!(matches!(
+        worker.take_failure(),
+        Some(DeviceError::Protocol("test"))
+    ));
+    assert!(worker.take_failure().is_none());
+    worker.pause();
+    worker.resume();
+}
+
+#[test]
+fn a_worker_that_cannot_be_built_reports_it() {
+    let failed = event();
+    let worker = Worker::start::<Counter>("test", Arc::new(Vec::new()), failed.try_clone().unwrap(), || {
+        Err(DeviceError::Protocol("build"))
+    })
+    .unwrap();
+    wait_until("failure", || failed.read().is_ok());
+    assert!(matches!(
+        worker.take_failure(),
+        Some(DeviceError::Protocol("build"))
+    ));
+}
