@@ -183,7 +183,6 @@ pub struct ProcessInfo {
 struct Guest {
     vm: Vm,
     agent: Agent,
-    tree: SharedTree,
 }
 
 #[derive(Clone, Debug)]
@@ -241,6 +240,8 @@ struct Inner {
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     streams: StreamTable,
+    /// Absent when the sandbox was refused.
+    tree: Option<SharedTree>,
     boot: watch::Sender<Boot>,
     stopping: AtomicBool,
 }
@@ -266,6 +267,14 @@ impl Sandbox {
     #[must_use]
     pub fn start(options: SandboxOptions, sink: Arc<dyn EventSink>, refusal: Option<Error>) -> Self {
         let slots = usize::try_from(options.config.disk_slots).unwrap_or_default();
+        let root = options.journal.directory().join("shared");
+        let (tree, refusal) = match refusal {
+            Some(error) => (None, Some(error)),
+            None => match SharedTree::create(&root) {
+                Ok(tree) => (Some(tree), None),
+                Err(error) => (None, Some(error.into())),
+            },
+        };
         let sandbox = Self(Arc::new(Inner {
             id: options.id,
             hostname: options.hostname,
@@ -283,6 +292,7 @@ impl Sandbox {
                 ..State::default()
             }),
             streams: StreamTable::default(),
+            tree,
             boot: watch::Sender::new(Boot::Pending),
             stopping: AtomicBool::new(false),
             config: options.config,
@@ -460,9 +470,9 @@ impl Sandbox {
             let _ = tokio::time::timeout(SHUTDOWN_LIMIT, vm.ended()).await;
         }
         let ids: Vec<String> = self.lock().containers.drain().map(|(id, _)| id).collect();
-        if let Boot::Ready(guest) = &*self.0.boot.borrow() {
+        if let Some(tree) = &self.0.tree {
             for id in ids {
-                guest.tree.remove(&id);
+                tree.remove(&id);
             }
         }
         self.0.timeline.save(&self.0.id);

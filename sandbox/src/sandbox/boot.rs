@@ -44,9 +44,7 @@ impl Sandbox {
         self.0.timeline.mark("vmm_spawned");
         self.adopt(&vm, vsock_events)?;
 
-        let state_dir = self.state_dir();
-        let tree = SharedTree::create(&state_dir.join("shared"))?;
-        let (agent_stream, config, descriptors) = self.vm_config(&tree)?;
+        let (agent_stream, config, descriptors) = self.vm_config()?;
         let agent = Agent::new(
             agent_stream,
             vm.clone(),
@@ -90,14 +88,7 @@ impl Sandbox {
         self.0.timeline.mark("sandbox_ready");
         let listener = self.clone();
         tokio::spawn(async move { listener.run_events(events).await });
-        Ok(Guest { vm, agent, tree })
-    }
-
-    fn state_dir(&self) -> PathBuf {
-        let journal = self.0.journal.lock().unwrap_or_else(PoisonError::into_inner);
-        journal
-            .as_ref()
-            .map_or_else(PathBuf::new, |journal| journal.directory().to_owned())
+        Ok(Guest { vm, agent })
     }
 
     /// Writes the VMM down and watches it.
@@ -130,14 +121,19 @@ impl Sandbox {
     }
 
     /// The host's end of the agent's stream, and the VM's description with its descriptors.
-    fn vm_config(&self, tree: &SharedTree) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
+    fn vm_config(&self) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
         let config = &self.0.config;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Descriptor)?;
         let mut fds = Descriptors::default();
         let kvm = fds.add(open_for_vm("KVM", "/dev/kvm".as_ref(), true)?);
         let kernel = fds.add(open_for_vm("guest kernel", &config.kernel, false)?);
         let root = fds.add(open_for_vm("root image", &config.image, false)?);
-        let share = fds.add(tree.open()?);
+        let tree = self.0.tree.as_ref().map(SharedTree::open).transpose()?;
+        let share = tree.map(|tree| Share {
+            tag: SHARE_TAG.into(),
+            root: fds.add(tree),
+            proc_self_fd: None,
+        });
         let agent = fds.add(theirs.into());
         let mut nets = Vec::new();
         for net in &self.0.network.lock().unwrap_or_else(PoisonError::into_inner).nets {
@@ -161,11 +157,7 @@ impl Sandbox {
             disk_slots: config.disk_slots,
             disks: Vec::new(),
             nets,
-            share: Some(Share {
-                tag: SHARE_TAG.into(),
-                root: share,
-                proc_self_fd: None,
-            }),
+            share,
             vsock_listeners: vec![(ports::AGENT, agent)],
             balloon: config.balloon,
         };

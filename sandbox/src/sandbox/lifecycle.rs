@@ -66,13 +66,16 @@ impl Sandbox {
         let plan = plan_root(&root, &root_path, read_only)?;
         let rewritten = spec::rewrite(spec, &id, spec::probe)?;
 
-        // The shared tree exists once the VMM runs; the mounts are made while the guest boots.
-        let guest = self.guest().await?;
-        let (tree, folder, volumes) = (guest.tree.clone(), id.clone(), rewritten.volumes);
-        // In a thread of its own: a mount of a slow file system must not keep other requests waiting.
-        let prepared = tokio::task::spawn_blocking(move || tree.prepare(&folder, &plan, &volumes))
-            .await
-            .map_err(Error::Task)??;
+        // The mounts are made while the guest boots, on a thread of their own: a slow file system must not
+        // keep other requests waiting.
+        let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes);
+        let preparing = tokio::task::spawn_blocking(move || {
+            tree.map(|tree| tree.prepare(&folder, &plan, &volumes))
+                .transpose()
+        });
+        let (guest, prepared) = tokio::join!(self.guest(), preparing);
+        let (guest, prepared) = (guest?, prepared.map_err(Error::Task)??);
+        let prepared = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
         let root = self.attach_root(&guest, &id, prepared).await?;
         let (streams, open) = self.0.streams.open(&guest.vm, stdio, None).await?;
         self.with(&id, |record| {
@@ -385,11 +388,8 @@ impl Sandbox {
                 *used = false;
             }
         }
-        let guest = match &*self.0.boot.borrow() {
-            Boot::Ready(guest) => Some(guest.tree.clone()),
-            _ => None,
-        };
-        if let (Some(tree), false) = (guest, is_sandbox) {
+        let tree = self.0.tree.clone();
+        if let (Some(tree), false) = (tree, is_sandbox) {
             let id = id.to_owned();
             let _ = tokio::task::spawn_blocking(move || tree.remove(&id)).await;
         }
