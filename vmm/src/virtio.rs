@@ -6,11 +6,13 @@ pub mod config;
 mod device;
 pub mod fs;
 mod interrupt;
+pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod test_queue;
+pub mod vsock;
 pub mod worker;
 
 pub use device::{Activation, DeviceError, VirtioDevice};
