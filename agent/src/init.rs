@@ -133,19 +133,24 @@ pub fn setup() -> Result<(), InitError> {
     Ok(())
 }
 
-/// Filesystems that only containers need: mounted with the sandbox, off the boot path.
+/// The pod's shared memory, for containers to bind to their `/dev/shm`.
+pub const SHM: &str = "/run/bulkhead/shm";
+
+/// Filesystems that only containers need: mounted with the sandbox, off the boot path. `shm_size` is in bytes.
 ///
 /// # Errors
 /// A mount fails for another reason than a kernel without that filesystem.
 pub fn setup_for_containers(shm_size: u64) -> Result<(), InitError> {
-    make_dir("/dev/shm")?;
+    make_dir(SHM)?;
     mount(
         "shm",
-        Path::new("/dev/shm"),
+        Path::new(SHM),
         "tmpfs",
         STRICT,
         &format!("mode=1777,size={shm_size}"),
     )?;
+    make_dir("/dev/shm")?;
+    mount(SHM, Path::new("/dev/shm"), "", MsFlags::MS_BIND, "")?;
     make_dir("/dev/mqueue")?;
     match mount("mqueue", Path::new("/dev/mqueue"), "mqueue", STRICT, "") {
         Err(MountError::Mount {

@@ -14,6 +14,8 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use crate::fd::AsyncFile;
@@ -311,15 +313,21 @@ async fn copy(source: &AsyncFile, sink: &AsyncFile, on_error: OnWriteError) {
 ///
 /// # Errors
 /// No descriptor was sent.
-pub fn receive_master(connection: &OwnedFd) -> Result<OwnedFd, StreamError> {
-    let fail = |errno: Errno| StreamError::Terminal(errno.into());
+pub async fn receive_master(connection: &UnixStream) -> Result<OwnedFd, StreamError> {
+    let receive = || receive_descriptor(connection.as_raw_fd());
+    connection
+        .async_io(Interest::READABLE, receive)
+        .await
+        .map_err(StreamError::Terminal)
+}
+
+fn receive_descriptor(socket: i32) -> io::Result<OwnedFd> {
     let mut name = [0; 64];
-    let mut parts = [std::io::IoSliceMut::new(&mut name)];
+    let mut parts = [io::IoSliceMut::new(&mut name)];
     let mut space = nix::cmsg_space!([i32; 1]);
     let flags = socket::MsgFlags::MSG_CMSG_CLOEXEC | socket::MsgFlags::MSG_DONTWAIT;
-    let message = socket::recvmsg::<UnixAddr>(connection.as_raw_fd(), &mut parts, Some(&mut space), flags)
-        .map_err(fail)?;
-    for control in message.cmsgs().map_err(fail)? {
+    let message = socket::recvmsg::<UnixAddr>(socket, &mut parts, Some(&mut space), flags)?;
+    for control in message.cmsgs()? {
         if let socket::ControlMessageOwned::ScmRights(fds) = control
             && let Some(fd) = fds.first()
         {
@@ -327,7 +335,7 @@ pub fn receive_master(connection: &OwnedFd) -> Result<OwnedFd, StreamError> {
             return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
         }
     }
-    Err(fail(Errno::EBADMSG))
+    Err(Errno::EBADMSG.into())
 }
 
 /// Prepares a terminal's master: size, and the user as owner of the slave, who may then open it by name.

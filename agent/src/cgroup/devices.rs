@@ -184,6 +184,10 @@ const fn insn(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> Insn {
     }
 }
 
+fn verdict(allow: bool) -> [Insn; 2] {
+    [insn(MOV32_K, 0, 0, 0, i32::from(allow)), insn(EXIT, 0, 0, 0, 0)]
+}
+
 /// r2: kind, r3: access, r4: major, r5: minor; r1 holds the context, then scratch.
 fn program(rules: &DeviceRules) -> Vec<Insn> {
     let mut code = vec![
@@ -212,6 +216,11 @@ fn program(rules: &DeviceRules) -> Vec<Insn> {
             block.push(insn(AND32_K, 1, 0, 0, bits.cast_signed()));
             block.push(insn(skip_if, 1, 0, 0, 0));
         }
+        if block.is_empty() {
+            // The kernel refuses a program with code that cannot be reached.
+            code.extend(verdict(rule.allow));
+            return code;
+        }
         // Jumps go to the first instruction after the block, which has at most eight instructions.
         let length = block.len() + 2;
         for (index, mut instruction) in block.into_iter().enumerate() {
@@ -220,11 +229,9 @@ fn program(rules: &DeviceRules) -> Vec<Insn> {
             }
             code.push(instruction);
         }
-        code.push(insn(MOV32_K, 0, 0, 0, i32::from(rule.allow)));
-        code.push(insn(EXIT, 0, 0, 0, 0));
+        code.extend(verdict(rule.allow));
     }
-    code.push(insn(MOV32_K, 0, 0, 0, 0));
-    code.push(insn(EXIT, 0, 0, 0, 0));
+    code.extend(verdict(false));
     code
 }
 
@@ -337,6 +344,21 @@ mod tests {
         }
     }
 
+    /// Instructions no path leads to, which the kernel's verifier refuses.
+    fn unreachable(code: &[Insn]) -> Vec<usize> {
+        let mut reached = vec![false; code.len()];
+        let mut paths = vec![0];
+        while let Some(at) = paths.pop() {
+            if !std::mem::replace(&mut reached[at], true) && code[at].code != EXIT {
+                paths.push(at + 1);
+                if matches!(code[at].code, JEQ32_K | JNE32_K) {
+                    paths.push(at + 1 + code[at].off as usize);
+                }
+            }
+        }
+        (0..code.len()).filter(|at| !reached[*at]).collect()
+    }
+
     #[test]
     fn containerds_default_denies_all_but_the_default_devices() {
         let rules = rules(r#"[{"allow":false,"access":"rwm"}]"#).unwrap();
@@ -394,6 +416,7 @@ mod tests {
             let rules = DeviceRules(list);
             let verdict = run(&program(&rules), kind, access, major, minor);
             prop_assert_eq!(verdict, rules.allows(kind, access, major, minor));
+            prop_assert_eq!(unreachable(&program(&rules)), Vec::<usize>::new());
         }
     }
 }

@@ -358,9 +358,7 @@ impl Console {
         let fail = |source| Error::Streams(StreamError::Terminal(source));
         let receive = async {
             let (connection, _) = self.listener.accept().await.map_err(fail)?;
-            connection.readable().await.map_err(fail)?;
-            let connection = connection.into_std().map_err(fail)?;
-            streams::receive_master(&connection.into()).map_err(Error::Streams)
+            streams::receive_master(&connection).await.map_err(Error::Streams)
         };
         let master = match tokio::time::timeout(CONSOLE_LIMIT, receive).await {
             Ok(master) => master?,

@@ -125,11 +125,12 @@ impl Containers {
             None => (finish.await, None),
             Some(console) => with_terminal(finish, console.finish()).await,
         };
-        let pid = reported_pid(&reports?)?;
+        // A terminal that is lost takes the process along: its error is the cause.
         let (terminal, copies) = match terminal {
             None => (None, stdio.copies),
             Some(terminal) => terminal.map(|(terminal, copies)| (Some(terminal), Some(copies)))?,
         };
+        let pid = reported_pid(&reports?)?;
         if let Some(process) = container.state().execs.get_mut(exec) {
             process.terminal = terminal;
             process.copies = copies;

@@ -1,0 +1,509 @@
+//! A guest without a VM: the agent as PID 1 of fresh namespaces, served over Unix sockets.
+//!
+//! Everything but the hypervisor is real: the same set-up code mounts the same filesystems, containers get real
+//! namespaces and cgroups, and streams are real sockets.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use bulkhead_agent::init;
+use bulkhead_agent::service::uptime_us;
+use bulkhead_agent::streams::Host;
+use bulkhead_protocol::agent as proto;
+use bulkhead_protocol::agent::AgentClient;
+use bulkhead_protocol::ports;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::with_duration;
+
+/// Longest time anything here may take, in emulation too.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest under test.
+pub struct Guest {
+    directory: PathBuf,
+    agent: Pid,
+    client: AgentClient,
+    next_port: std::cell::Cell<u32>,
+}
+
+/// The agent's process, started before there is a runtime.
+pub struct Started {
+    directory: PathBuf,
+    agent: Pid,
+}
+
+/// Forks the agent into namespaces of its own.
+pub fn start() -> Started {
+    let directory = PathBuf::from(format!("/var/tmp/bulkhead-agent-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory).unwrap();
+    make_rootfs(&directory.join("rootfs"));
+    // SAFETY: this process has one thread.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => Started {
+            directory,
+            agent: child,
+        },
+        ForkResult::Child => {
+            unshare(
+                CloneFlags::CLONE_NEWNS
+                    | CloneFlags::CLONE_NEWPID
+                    | CloneFlags::CLONE_NEWIPC
+                    | CloneFlags::CLONE_NEWUTS
+                    | CloneFlags::CLONE_NEWNET,
+            )
+            .unwrap();
+            // SAFETY: as above. The child is PID 1 of the new namespace.
+            match unsafe { fork() }.unwrap() {
+                ForkResult::Parent { child } => {
+                    // Stands for the guest: ends when it ends.
+                    let _ = waitpid(child, None);
+                    std::process::exit(0);
+                }
+                ForkResult::Child => run_agent(&directory),
+            }
+        }
+    }
+}
+
+fn run_agent(directory: &Path) -> ! {
+    // SAFETY: a plain prctl; the guest must not outlive the test.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let socket = directory.join(ports::AGENT.to_string());
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .unwrap();
+    let rootfs = directory.join("rootfs");
+    let result = bulkhead_agent::serve(Host::Unix(directory.to_owned()), uptime_us(), || {
+        init::standard_descriptors()?;
+        init::setup()?;
+        let shared = Path::new("/run/bulkhead/shared");
+        fs::create_dir_all(shared.join("rootfs")).unwrap();
+        mount(
+            Some(&rootfs),
+            &shared.join("rootfs"),
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .unwrap();
+        Ok(())
+    });
+    if let Err(error) = &result {
+        eprintln!("agent: {}", bulkhead_agent::error::chain(error));
+    }
+    std::process::exit(i32::from(result.is_err()));
+}
+
+/// A root filesystem of nothing but busybox.
+fn make_rootfs(root: &Path) {
+    for name in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).expect("a static /bin/busybox");
+    let applets = Command::new("/bin/busybox").arg("--list").output().unwrap();
+    for applet in String::from_utf8(applets.stdout)
+        .unwrap()
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
+        symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+    )
+    .unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
+}
+
+/// The host's end of a process's streams.
+pub struct Wanted {
+    pub message: proto::Streams,
+    listeners: [Option<UnixListener>; 3],
+}
+
+impl Wanted {
+    /// Accepts the connections the agent makes while the process is created.
+    pub async fn accept(self) -> [Option<UnixStream>; 3] {
+        let mut streams = [None, None, None];
+        for (stream, listener) in streams.iter_mut().zip(self.listeners) {
+            if let Some(listener) = listener {
+                *stream = Some(within(listener.accept()).await.unwrap().0);
+            }
+        }
+        streams
+    }
+}
+
+/// What a process wrote, and how it ended.
+#[derive(Debug, PartialEq)]
+pub struct Outcome {
+    pub status: u32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+pub async fn within<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, work).await.expect("in time")
+}
+
+pub fn context() -> ttrpc::context::Context {
+    with_duration(LIMIT)
+}
+
+/// The message of an RPC error.
+pub fn message<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+        other => panic!("{other:?}"),
+    }
+}
+
+impl Guest {
+    /// Accepts the agent's connection and sets the sandbox up.
+    pub async fn connect(started: Started) -> Self {
+        let listener = UnixListener::bind(started.directory.join(ports::AGENT.to_string())).unwrap();
+        let (stream, _) = within(listener.accept()).await.unwrap();
+        let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        let guest = Self {
+            directory: started.directory,
+            agent: started.agent,
+            client,
+            next_port: ports::FIRST_STREAM.into(),
+        };
+        let request = proto::SetupSandboxRequest {
+            sandbox_id: "pod".into(),
+            hostname: "pod-host".into(),
+            ..Default::default()
+        };
+        guest.client.setup_sandbox(context(), &request).await.unwrap();
+        guest
+    }
+
+    pub fn client(&self) -> &AgentClient {
+        &self.client
+    }
+
+    /// Listens for the wanted streams.
+    pub fn streams(&self, stdin: bool, output: bool, terminal: bool) -> Wanted {
+        let listen = |wanted: bool| {
+            let port = self.next_port.get();
+            self.next_port.set(port + 1);
+            let path = self.directory.join(port.to_string());
+            if wanted {
+                (port, Some(UnixListener::bind(path).unwrap()))
+            } else {
+                (0, None)
+            }
+        };
+        let (stdin, stdout, stderr) = (listen(stdin), listen(output), listen(output && !terminal));
+        let message = proto::Streams {
+            terminal,
+            stdin_port: stdin.0,
+            stdout_port: stdout.0,
+            stderr_port: stderr.0,
+            width: if terminal { 100 } else { 0 },
+            height: if terminal { 30 } else { 0 },
+            ..Default::default()
+        };
+        Wanted {
+            message,
+            listeners: [stdin.1, stdout.1, stderr.1],
+        }
+    }
+
+    pub async fn create(&self, id: &str, spec: &Value, streams: &proto::Streams) -> ttrpc::Result<u32> {
+        let mut root = proto::RootFilesystem::new();
+        root.set_shared_path("/run/bulkhead/shared/rootfs".into());
+        let request = proto::CreateContainerRequest {
+            container_id: id.into(),
+            spec_json: serde_json::to_vec(spec).unwrap(),
+            root: Some(root).into(),
+            streams: Some(streams.clone()).into(),
+            ..Default::default()
+        };
+        Ok(self.client.create_container(context(), &request).await?.pid)
+    }
+
+    pub async fn start(&self, id: &str) -> ttrpc::Result<()> {
+        let request = proto::StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client.start_container(context(), &request).await.map(drop)
+    }
+
+    pub async fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: &Value,
+        streams: &proto::Streams,
+    ) -> ttrpc::Result<u32> {
+        let request = proto::ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            process_json: serde_json::to_vec(process).unwrap(),
+            streams: Some(streams.clone()).into(),
+            ..Default::default()
+        };
+        Ok(self.client.exec_process(context(), &request).await?.pid)
+    }
+
+    pub async fn wait(&self, id: &str, exec: &str) -> u32 {
+        let request = proto::WaitProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        self.client
+            .wait_process(context(), &request)
+            .await
+            .unwrap()
+            .exit_status
+    }
+
+    pub async fn signal(&self, id: &str, exec: &str, signal: i32, all: bool) -> ttrpc::Result<()> {
+        let request = proto::SignalProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            signal: signal as u32,
+            all,
+            ..Default::default()
+        };
+        self.client.signal_process(context(), &request).await.map(drop)
+    }
+
+    pub async fn remove(&self, id: &str) -> ttrpc::Result<()> {
+        let request = proto::RemoveContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client.remove_container(context(), &request).await.map(drop)
+    }
+
+    /// Runs a container to its end with some input and removes it.
+    pub async fn run(&self, id: &str, spec: &Value, input: Option<&[u8]>) -> ttrpc::Result<Outcome> {
+        let wanted = self.streams(input.is_some(), true, false);
+        self.create(id, spec, &wanted.message).await?;
+        let [stdin, stdout, stderr] = wanted.accept().await;
+        self.start(id).await?;
+        let outcome = finish(stdin, stdout, stderr, input).await;
+        let status = self.wait(id, "").await;
+        self.remove(id).await?;
+        Ok(Outcome { status, ..outcome })
+    }
+
+    /// Runs a further process to its end.
+    pub async fn run_exec(&self, id: &str, exec: &str, process: &Value) -> ttrpc::Result<Outcome> {
+        let wanted = self.streams(false, true, false);
+        self.exec(id, exec, process, &wanted.message).await?;
+        let [stdin, stdout, stderr] = wanted.accept().await;
+        let outcome = finish(stdin, stdout, stderr, None).await;
+        Ok(Outcome {
+            status: self.wait(id, exec).await,
+            ..outcome
+        })
+    }
+
+    /// A container that sleeps.
+    pub async fn sleeper(&self, id: &str) {
+        let spec = spec(&["sleep", "1000"]);
+        self.create(id, &spec, &proto::Streams::new()).await.unwrap();
+        self.start(id).await.unwrap();
+    }
+
+    /// The next event.
+    pub async fn events(&self, count: usize) -> Vec<proto::Event> {
+        let mut stream = self
+            .client
+            .events(context(), &proto::EventsRequest::new())
+            .await
+            .unwrap();
+        let mut events = Vec::new();
+        while events.len() < count {
+            events.push(within(stream.recv()).await.unwrap().expect("an event"));
+        }
+        events
+    }
+
+    /// What of containers is left in the guest, for comparison: descriptors, processes, mounts, cgroups, files.
+    pub fn traces(&self) -> BTreeSet<String> {
+        let agent = self.agent_pid();
+        let mut traces = BTreeSet::new();
+        let root = PathBuf::from(format!("/proc/{agent}/root"));
+        for entry in fs::read_dir(format!("/proc/{agent}/fd")).unwrap().flatten() {
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            // Sockets and pipes by number only: their inodes differ from run to run.
+            traces.insert(format!(
+                "fd {:?} {}",
+                entry.file_name(),
+                target.display().to_string().starts_with('/')
+            ));
+        }
+        let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap();
+        traces.extend(children.split_whitespace().map(|pid| format!("process {pid}")));
+        let mounts = fs::read_to_string(format!("/proc/{agent}/mountinfo")).unwrap();
+        traces.extend(
+            mounts
+                .lines()
+                .map(|line| format!("mount {}", line.split(' ').nth(4).unwrap())),
+        );
+        for directory in [
+            "sys/fs/cgroup/bulkhead",
+            "run/bulkhead",
+            "run/bulkhead/containers",
+        ] {
+            for entry in fs::read_dir(root.join(directory)).into_iter().flatten().flatten() {
+                if entry.file_type().unwrap().is_dir() || !directory.starts_with("sys") {
+                    traces.insert(format!("file {}", entry.path().display()));
+                }
+            }
+        }
+        traces
+    }
+
+    /// A file of the guest.
+    pub fn guest_file(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.agent_pid()))
+    }
+
+    fn agent_pid(&self) -> i32 {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.agent)).unwrap();
+        children.split_whitespace().next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // The hierarchy is the machine's; the guest's mount of it is the only sure way to it.
+        let hierarchy = File::open(self.guest_file("/sys/fs/cgroup"));
+        // PID 1 of the namespace takes everything in it along.
+        let _ = kill(Pid::from_raw(self.agent_pid()), Signal::SIGKILL);
+        let _ = waitpid(self.agent, None);
+        if let Ok(hierarchy) = hierarchy {
+            for group in ["bulkhead", "agent"] {
+                remove_cgroups(&PathBuf::from(format!(
+                    "/proc/self/fd/{}/{group}",
+                    hierarchy.as_raw_fd()
+                )));
+            }
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn remove_cgroups(group: &Path) {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(group);
+}
+
+async fn finish(
+    stdin: Option<UnixStream>,
+    stdout: Option<UnixStream>,
+    stderr: Option<UnixStream>,
+    input: Option<&[u8]>,
+) -> Outcome {
+    let write = async {
+        if let (Some(mut stdin), Some(input)) = (stdin, input) {
+            stdin.write_all(input).await.unwrap();
+        }
+    };
+    let read = async |stream: Option<UnixStream>| {
+        let mut data = Vec::new();
+        if let Some(mut stream) = stream {
+            stream.read_to_end(&mut data).await.unwrap();
+        }
+        String::from_utf8_lossy(&data).into_owned()
+    };
+    let ((), stdout, stderr) = within(async { tokio::join!(write, read(stdout), read(stderr)) }).await;
+    Outcome {
+        status: 0,
+        stdout,
+        stderr,
+    }
+}
+
+/// A process, with the capabilities container engines give.
+pub fn process(args: &[&str]) -> Value {
+    let capabilities = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
+        "CAP_AUDIT_WRITE",
+    ];
+    json!({
+        "user": {"uid": 0, "gid": 0},
+        "args": args,
+        "env": ["PATH=/bin", "WHO=test"],
+        "cwd": "/",
+        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1234, "soft": 1024}],
+    })
+}
+
+/// A specification as containerd writes it.
+pub fn spec(args: &[&str]) -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "process": process(args),
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            "cgroupsPath": "/default/x",
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
+            "readonlyPaths": ["/proc/bus", "/proc/sys"],
+        }
+    })
+}
+
+/// A shell script as a container.
+pub fn script(text: &str) -> Value {
+    spec(&["sh", "-c", text])
+}
