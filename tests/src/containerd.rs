@@ -35,6 +35,10 @@ pub struct Containerd {
     pub rootfs: PathBuf,
 }
 
+/// Where `ctr` makes its FIFOs and shims their sockets, whatever containerd's own directories are.
+const FIFOS: &str = "/run/containerd/fifo";
+const SOCKETS: &str = "/run/containerd/s";
+
 static PID: AtomicI32 = AtomicI32::new(0);
 
 impl Containerd {
@@ -80,8 +84,12 @@ impl Containerd {
         };
         containerd.wait_ready();
         containerd.load_images(probe);
-        // Containers share it; made here so that nobody's container is the one that leaves it behind.
-        fs::create_dir_all(Path::new("/sys/fs/cgroup").join(NAMESPACE)).expect("a cgroup");
+        // Containers share these; made here so that the first container is not the one that leaves them behind.
+        let tasks = containerd.bundle("id").with_file_name("");
+        let cgroup = Path::new("/sys/fs/cgroup").join(NAMESPACE);
+        for shared in [cgroup, tasks, FIFOS.into(), SOCKETS.into()] {
+            fs::create_dir_all(shared).expect("a directory");
+        }
         containerd
     }
 
@@ -156,6 +164,35 @@ impl Containerd {
         rows.filter(|row| row.first() == Some(&"io.containerd.snapshotter.v1") && row.last() == Some(&"ok"))
             .map(|row| row[1].to_owned())
             .collect()
+    }
+
+    /// Removes the layers that an image was unpacked to; some snapshotters keep them mounted.
+    ///
+    /// # Panics
+    /// If one is in use.
+    pub fn remove_snapshots(&self, snapshotter: &str) {
+        let list = || {
+            let rows = self
+                .run(&["snapshots", "--snapshotter", snapshotter, "ls"])
+                .text();
+            rows.lines()
+                .skip(1)
+                .filter_map(|row| row.split_whitespace().next().map(str::to_owned))
+                .collect()
+        };
+        let mut left: Vec<String> = list();
+        while !left.is_empty() {
+            // Only those that no other one is made from can go.
+            for key in &left {
+                let _ = self.run(&["snapshots", "--snapshotter", snapshotter, "rm", key]);
+            }
+            let now = list();
+            assert!(
+                now.len() < left.len(),
+                "snapshots of {snapshotter} cannot be removed: {now:?}"
+            );
+            left = now;
+        }
     }
 
     /// Directory of a task's bundle.

@@ -230,7 +230,6 @@ impl Fixture {
                 &["tasks", "kill", "-s", "SIGKILL", "-a", id][..],
                 &["tasks", "delete", "-f", id],
                 &["containers", "rm", id],
-                &["snapshots", "rm", id],
             ] {
                 let done = run(arguments);
                 if !done.status.success() {
@@ -297,7 +296,7 @@ impl Run<'_> {
     #[track_caller]
     #[must_use]
     pub fn start(&self) -> Session {
-        Session::start(self.command(&["run"]), config().seconds(60))
+        Session::start(self.command(&["run"]), config().seconds(30))
     }
 
     /// Starts it with a longer limit, in seconds on hardware.
@@ -313,7 +312,7 @@ impl Run<'_> {
     pub fn start_on_terminal(&self, rows: u16, columns: u16) -> Session {
         let mut command = self.command(&["run", "--tty"]);
         command.env("TERM", "dumb");
-        Session::start_on_terminal(command, rows, columns, config().seconds(60))
+        Session::start_on_terminal(command, rows, columns, config().seconds(30))
     }
 
     /// Runs it to its end.
@@ -334,7 +333,7 @@ impl Run<'_> {
             // Once ctr has gone nobody reads its FIFOs.
             run = run.with(&["--null-io"]);
         }
-        let _ = Session::start(run.command(&["run", "--detach"]), config().seconds(60))
+        let _ = Session::start(run.command(&["run", "--detach"]), config().seconds(30))
             .finish()
             .expect_code(0);
         run.id
@@ -345,7 +344,7 @@ impl Run<'_> {
     pub fn create(self) -> String {
         let run = self.keep();
         let command = run.command(&["containers", "create"]);
-        let _ = Session::start(command, config().seconds(60))
+        let _ = Session::start(command, config().seconds(30))
             .finish()
             .expect_code(0);
         run.id

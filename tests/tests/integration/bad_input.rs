@@ -63,7 +63,7 @@ fn a_root_that_is_missing_or_no_directory() {
 #[test]
 fn a_user_that_the_image_does_not_have() {
     let test = fixture("no-user");
-    let run = test.busybox("a", &["true"]).with(&["--user", "nosuchuser"]);
+    let run = test.probe("a", &["report"]).with(&["--user", "nosuchuser"]);
     let _ = run.finish().expect_error(&["no users found", "nosuchuser"]);
 }
 

@@ -23,7 +23,9 @@ fn exit_after(events: &Session, id: &str, killed: Instant) -> (Duration, u64) {
         let mut exits = of_task(events, id)
             .into_iter()
             .filter(|(topic, event)| topic == "/tasks/exit" && event["id"] == id);
-        status = exits.next_back().and_then(|(_, event)| event["exit_status"].as_u64());
+        status = exits
+            .next_back()
+            .and_then(|(_, event)| event["exit_status"].as_u64());
         status.is_some()
     });
     assert!(seen, "containerd heard of no exit: {events}");
@@ -74,7 +76,10 @@ fn the_vmm_is_killed_and_containerd_hears_the_exit_within_a_second() {
 #[test]
 fn a_guest_that_panics_ends_its_container() {
     let test = fixture("guest-panic");
-    assert!(config().is_vm(), "with this runtime the machine itself would panic");
+    assert!(
+        config().is_vm(),
+        "with this runtime the machine itself would panic"
+    );
     let run = test.busybox(
         "a",
         &[

@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use bulkhead_tests::config;
+use bulkhead_tests::fixture::wait_until;
+
 use crate::{fixture, probe};
 
 const SCRIPT: &str = "echo one; echo two >&2; sleep 0.2; echo three";
@@ -39,7 +42,12 @@ fn output_goes_to_a_program() {
     test.wait_status(&id, "STOPPED");
     let _ = test.ctr(&["tasks", "delete", &id]).expect_code(0);
     let expected = format!("bulkhead-tests {id}\nout:one\nthree\nerr:two\n");
-    assert_eq!(fs::read_to_string(&log).unwrap(), expected);
+    let written = || fs::read_to_string(&log).unwrap();
+    assert!(
+        wait_until(config().seconds(5), || written() == expected),
+        "{}",
+        written()
+    );
     test.remove(&id);
 }
 

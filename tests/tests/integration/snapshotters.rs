@@ -38,7 +38,11 @@ fn run_on(name: &'static str, snapshotter: &str) -> Option<Value> {
         assert_eq!(fs::read_to_string(root.join("etc/new")).unwrap(), "written\n");
         assert!(!root.join("etc/group").exists() && root.join("etc/passwd").exists());
     });
-    let _ = test.ctr(&["containers", "rm", &run.id]).text();
+    test.remove(&run.id);
+    if snapshotter != "overlayfs" {
+        test.containerd.remove_snapshots(snapshotter);
+    }
+
     let report: Value = serde_json::from_str(report).unwrap();
     let mounts = report["mounts"].as_array().unwrap();
     Some(

@@ -213,7 +213,12 @@ fn a_second_process_has_its_own_user_directory_and_terminal() {
     let mut command = test
         .containerd
         .ctr(&["tasks", "exec", "--tty", "--exec-id", "t", &id]);
-    command.args(["sh", "-c", "tty; read line; echo got $line; stty size; exit 4"]);
+    let size = "until stty size 2>/dev/null | grep -v ^0; do sleep 0.1; done";
+    command.args([
+        "sh",
+        "-c",
+        &format!("tty; read line; echo got $line; {size}; exit 4"),
+    ]);
     let mut session = bulkhead_tests::Session::start_on_terminal(command, 40, 120, config().seconds(30));
     session.wait_for("/dev/pts/");
     session.send("typed\n");
