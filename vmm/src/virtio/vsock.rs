@@ -19,6 +19,8 @@ mod far_end;
 mod mux;
 mod packet;
 mod ring;
+#[cfg(test)]
+mod tests;
 
 pub use connection::BUFFER_SIZE;
 pub use device::{Vsock, VsockState};

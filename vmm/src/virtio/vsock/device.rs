@@ -143,6 +143,16 @@ impl Vsock {
         self.mux.take_events()
     }
 
+    #[cfg(test)]
+    pub(super) fn buffered(&self) -> usize {
+        self.mux.buffered()
+    }
+
+    #[cfg(test)]
+    pub(super) fn queued_packets(&self) -> usize {
+        self.mux.queued_packets()
+    }
+
     /// Moves packets until nothing can move or the budget is used up.
     fn serve(&mut self) -> Result<(), DeviceError> {
         let Some(queues) = &mut self.queues else {
