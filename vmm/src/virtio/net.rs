@@ -6,5 +6,7 @@
 
 mod device;
 mod tap;
+#[cfg(test)]
+mod tests;
 
 pub use device::{Net, NetError, NetState};
