@@ -45,21 +45,23 @@ pub enum JailError {
     NoNewPrivileges(#[source] io::Error),
 }
 
-/// Makes `root` the root directory, and keeps no privilege but what serving its files takes.
+/// Makes `root`, if there is one, the root directory, and keeps no privilege but what serving its files takes.
 ///
 /// Call it on the main thread before any other thread exists (capabilities and namespaces belong to a
 /// thread, and new threads inherit them), and after everything that opens a path.
 ///
 /// # Errors
 /// [`JailError`]; some of the steps may have been taken.
-pub fn enter(root: BorrowedFd<'_>) -> Result<(), JailError> {
+pub fn enter(root: Option<BorrowedFd<'_>>) -> Result<(), JailError> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
         .map_err(JailError::Namespaces)?;
     // ".." of the new root is the new root, for names relative to descriptors below it as well.
-    fchdir(root.as_raw_fd())
-        .and_then(|()| chroot("."))
-        .and_then(|()| chdir("/"))
-        .map_err(JailError::Root)?;
+    if let Some(root) = root {
+        fchdir(root.as_raw_fd())
+            .and_then(|()| chroot("."))
+            .and_then(|()| chdir("/"))
+            .map_err(JailError::Root)?;
+    }
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(JailError::CoreDumps)?;
     drop_capabilities().map_err(JailError::Capabilities)?;
     // SAFETY: prctl with these constants takes no pointers.

@@ -1,4 +1,140 @@
-//! Guest memory types used by every part of the VMM.
+//! Guest memory: anonymous, private, never in a core dump.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::{io, ptr};
+
+use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::arch::layout;
 
 /// The guest's memory. Cloning shares the mapping.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// Length of persistent memory the kernel maps is a multiple of this (bytes): one sub-section of its
+/// memory map.
+pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
+
+/// Why memory could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error("Cannot map guest memory of {mib} MiB")]
+    Map {
+        /// Size asked for.
+        mib: u32,
+        /// Reason.
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// An address does not exist in the mapping just made.
+    #[error("Cannot find guest memory just mapped")]
+    Address(#[source] vm_memory::GuestMemoryError),
+    /// `madvise` failed.
+    #[error("Cannot keep guest memory out of core dumps")]
+    Advise(#[source] io::Error),
+    /// The image's length could not be read.
+    #[error("Cannot read the length of the root image")]
+    ImageLength(#[source] std::io::Error),
+    /// The image's length is wrong.
+    #[error("Root image has {0} bytes; a multiple of {PERSISTENT_ALIGNMENT} above 0 is needed")]
+    ImageAlignment(u64),
+    /// The image could not be mapped.
+    #[error("Cannot map the root image")]
+    MapImage(#[source] io::Error),
+}
+
+/// Maps `mib` MiB of zeroed guest memory as [`layout::ram_ranges`] places it.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn allocate(mib: u32) -> Result<GuestMemory, MemoryError> {
+    let memory = GuestMemory::from_ranges(&layout::ram_ranges(mib))
+        .map_err(|source| MemoryError::Map { mib, source })?;
+    for region in memory.iter() {
+        let start = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(MemoryError::Address)?;
+        // SAFETY: the range is exactly the mapping of this region, and the advice changes no content.
+        if unsafe { libc::madvise(start.cast(), region.len() as usize, libc::MADV_DONTDUMP) } != 0 {
+            return Err(MemoryError::Advise(io::Error::last_os_error()));
+        }
+    }
+    Ok(memory)
+}
+
+/// A read-only shared mapping of a file for the whole life of the process: every VM that maps the same
+/// image shares its page cache.
+#[derive(Debug)]
+pub struct Image {
+    /// Host address.
+    pub address: u64,
+    /// Length in bytes, a multiple of [`PERSISTENT_ALIGNMENT`].
+    pub length: u64,
+}
+
+impl Image {
+    /// Maps all of `file`.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn map(file: &File) -> Result<Self, MemoryError> {
+        let length = file.metadata().map_err(MemoryError::ImageLength)?.len();
+        if length == 0 || !length.is_multiple_of(PERSISTENT_ALIGNMENT) {
+            return Err(MemoryError::ImageAlignment(length));
+        }
+        // SAFETY: a new mapping at an address the kernel chooses touches no memory in use.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(MemoryError::MapImage(io::Error::last_os_error()));
+        }
+        Ok(Self {
+            address: start as u64,
+            length,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn image_of_odd_length_is_refused_with_its_length() {
+        let path = std::env::temp_dir().join(format!("bulkhead-image-{}", std::process::id()));
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(Image::map(&file), Err(MemoryError::ImageAlignment(0))));
+        file.write_all(&[1; 4096]).unwrap();
+        assert!(matches!(
+            Image::map(&file),
+            Err(MemoryError::ImageAlignment(4096))
+        ));
+        file.set_len(PERSISTENT_ALIGNMENT).unwrap();
+        assert_eq!(Image::map(&file).unwrap().length, PERSISTENT_ALIGNMENT);
+    }
+
+    #[test]
+    fn memory_has_the_size_asked_for() {
+        let memory = allocate(64).unwrap();
+        assert_eq!(memory.iter().map(GuestMemoryRegion::len).sum::<u64>(), 64 << 20);
+    }
+}

@@ -19,7 +19,7 @@ fn in_jail<T: Send + 'static>(name: &str, inside: impl FnOnce(File) -> T + Send 
         move || {
             unshare(CloneFlags::CLONE_FS).unwrap();
             let root = File::open(root).unwrap();
-            enter(root.as_fd()).unwrap();
+            enter(Some(root.as_fd())).unwrap();
             inside(root)
         }
     });
@@ -33,7 +33,7 @@ fn refused_without_root() -> bool {
     }
     let root = File::open("/tmp").unwrap();
     assert!(matches!(
-        enter(root.as_fd()),
+        enter(Some(root.as_fd())),
         Err(JailError::Namespaces(Errno::EPERM))
     ));
     true

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+mod real_tap;
+
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -26,6 +28,9 @@ const HEADER: usize = 12;
 const TX_BUFFER: u64 = 0xc_0000;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const LARGE: u64 = MERGEABLE | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
+
+/// Address, length and direction of each descriptor.
+type Buffers = &'static [(u64, u32, bool)];
 
 /// Device, driver, and the other end of the wire.
 struct Guest {
@@ -342,7 +347,7 @@ fn stops(queue: usize, features: u64, harm: impl FnOnce(&mut Guest)) -> DeviceEr
 
 #[test]
 fn malformed_transmit_chains() {
-    let cases: [(&str, &[(u64, u32, bool)]); 6] = [
+    let cases: [(&str, Buffers); 6] = [
         ("out of range", &[(GAP, 100, false)]),
         ("into the gap", &[(TX_BUFFER, 100, false), (GAP - 10, 100, false)]),
         ("wrong direction", &[(TX_BUFFER, 100, true)]),
@@ -363,7 +368,7 @@ fn malformed_transmit_chains() {
 
 #[test]
 fn malformed_receive_chains() {
-    let cases: [(&str, u64, &[(u64, u32, bool)]); 6] = [
+    let cases: [(&str, u64, Buffers); 6] = [
         ("out of range", 0, &[(GAP, 2000, true)]),
         ("wrong direction", 0, &[(BUFFERS, 2000, false)]),
         ("readable head", 0, &[(BUFFERS, 12, false), (BUFFERS, 2000, true)]),

@@ -25,7 +25,9 @@ fn every_buffer_is_filled_and_nothing_else() {
     );
     let read = |offset| {
         let mut bytes = [0; 64];
-        memory.read_slice(&mut bytes, GuestAddress(BUFFERS + offset)).unwrap();
+        memory
+            .read_slice(&mut bytes, GuestAddress(BUFFERS + offset))
+            .unwrap();
         bytes
     };
     let (first, second) = (read(0), read(0x2000));

@@ -3,7 +3,10 @@ use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_NEXT;
 use super::*;
 use crate::virtio::test_queue::GAP;
 
-/// Lets the driver do `harm`, kicks `queue` and expects the device to stop in good order: an error, no
+/// Address, length and direction of each descriptor.
+type Buffers = &'static [(u64, u32, bool)];
+
+/// Lets the driver do `harm`, kicks `queue` and expects the device to stop in GOOD order: an error, no
 /// further access, and the stream that was open ends with what was sent.
 fn stops(queue: usize, harm: impl FnOnce(&mut Guest)) -> DeviceError {
     let mut guest = Guest::starved();
@@ -34,18 +37,18 @@ fn stops(queue: usize, harm: impl FnOnce(&mut Guest)) -> DeviceError {
 
 #[test]
 fn transmitted_chains() {
-    let good = HEADER_SIZE as u32;
-    let cases: [(&str, &[(u64, u32, bool)]); 8] = [
-        ("out of range", &[(GAP, good, false)]),
-        ("into the gap", &[(GAP - 10, good, false)]),
-        ("wraps", &[(u64::MAX - 10, good, false)]),
-        ("wrong direction", &[(TX_BUFFER, good, true)]),
-        ("writable tail", &[(TX_BUFFER, good, false), (BUFFERS, 10, true)]),
-        ("zero length", &[(TX_BUFFER, good, false), (TX_BUFFER, 0, false)]),
-        ("short header", &[(TX_BUFFER, good - 1, false)]),
+    const GOOD: u32 = HEADER_SIZE as u32;
+    let cases: [(&str, Buffers); 8] = [
+        ("out of range", &[(GAP, GOOD, false)]),
+        ("into the gap", &[(GAP - 10, GOOD, false)]),
+        ("wraps", &[(u64::MAX - 10, GOOD, false)]),
+        ("wrong direction", &[(TX_BUFFER, GOOD, true)]),
+        ("writable tail", &[(TX_BUFFER, GOOD, false), (BUFFERS, 10, true)]),
+        ("zero length", &[(TX_BUFFER, GOOD, false), (TX_BUFFER, 0, false)]),
+        ("short header", &[(TX_BUFFER, GOOD - 1, false)]),
         (
             "payload out of range",
-            &[(TX_BUFFER, good, false), (GAP, 1, false)],
+            &[(TX_BUFFER, GOOD, false), (GAP, 1, false)],
         ),
     ];
     for (name, buffers) in cases {
@@ -79,7 +82,7 @@ fn a_payload_longer_than_its_buffers() {
 
 #[test]
 fn receive_chains() {
-    let cases: [(&str, &[(u64, u32, bool)]); 6] = [
+    let cases: [(&str, Buffers); 6] = [
         ("out of range", &[(GAP, 4096, true)]),
         ("wrong direction", &[(BUFFERS, 4096, false)]),
         ("readable head", &[(BUFFERS, 44, false), (BUFFERS, 4096, true)]),

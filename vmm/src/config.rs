@@ -1,0 +1,134 @@
+//! Checks of a VM's configuration, before anything is created.
+
+use bulkhead_protocol::control::{VERSION, VmConfig};
+
+use crate::arch::layout;
+
+/// A configuration that cannot be a VM; each names the field and the value.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Another version of the messages.
+    #[error("version is {0}, this VMM speaks {VERSION}")]
+    Version(u32),
+    /// Number of vCPUs.
+    #[error("max_vcpus is {0}; 1 to {max} are possible", max = layout::MAX_VCPUS)]
+    MaxVcpus(u8),
+    /// vCPUs at boot.
+    #[error("vcpus is {vcpus}; 1 to max_vcpus ({max}) are possible")]
+    Vcpus {
+        /// Asked for.
+        vcpus: u8,
+        /// Limit.
+        max: u8,
+    },
+    /// Memory.
+    #[error("memory_mib is {0}; at least {min} are needed", min = layout::MIN_MEMORY_MIB)]
+    Memory(u32),
+    /// Kernel parameters.
+    #[error("command_line has a character that is not printable ASCII")]
+    CommandLine,
+    /// A disk in a slot that does not exist, or two in one.
+    #[error("disks names slot {slot}, which is taken or not below disk_slots ({slots})")]
+    DiskSlot {
+        /// Slot.
+        slot: u32,
+        /// Number of slots.
+        slots: u32,
+    },
+}
+
+/// Checks what can be checked without a descriptor.
+///
+/// # Errors
+/// [`ConfigError`].
+pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
+    if config.version != VERSION {
+        return Err(ConfigError::Version(config.version));
+    }
+    if config.max_vcpus == 0 || config.max_vcpus > layout::MAX_VCPUS {
+        return Err(ConfigError::MaxVcpus(config.max_vcpus));
+    }
+    if config.vcpus == 0 || config.vcpus > config.max_vcpus {
+        return Err(ConfigError::Vcpus {
+            vcpus: config.vcpus,
+            max: config.max_vcpus,
+        });
+    }
+    if config.memory_mib < layout::MIN_MEMORY_MIB {
+        return Err(ConfigError::Memory(config.memory_mib));
+    }
+    if !config
+        .command_line
+        .bytes()
+        .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+    {
+        return Err(ConfigError::CommandLine);
+    }
+    for (index, (slot, _)) in config.disks.iter().enumerate() {
+        let taken = config.disks[..index].iter().any(|(other, _)| other == slot);
+        if taken || *slot >= config.disk_slots {
+            return Err(ConfigError::DiskSlot {
+                slot: *slot,
+                slots: config.disk_slots,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::control::{Disk, Fd};
+
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            version: VERSION,
+            vcpus: 1,
+            max_vcpus: 4,
+            memory_mib: 128,
+            kvm: Fd(0),
+            kernel: Fd(1),
+            command_line: "quiet a=\"b c\"".into(),
+            root: Fd(2),
+            console: true,
+            disk_slots: 2,
+            disks: vec![(
+                1,
+                Disk {
+                    files: vec![Fd(3)],
+                    read_only: true,
+                },
+            )],
+            nets: vec![],
+            share: None,
+            vsock_listeners: vec![],
+            balloon: true,
+        }
+    }
+
+    #[test]
+    fn every_bad_field_is_named_with_its_value() {
+        assert_eq!(validate(&config()), Ok(()));
+        let bad = |change: fn(&mut VmConfig)| {
+            let mut config = config();
+            change(&mut config);
+            validate(&config).map_err(|error| error.to_string())
+        };
+        let cases: [(fn(&mut VmConfig), &str); 8] = [
+            (|config| config.version = 9, "version is 9"),
+            (|config| config.vcpus = 0, "vcpus is 0"),
+            (|config| config.vcpus = 5, "vcpus is 5"),
+            (|config| config.max_vcpus = 0, "max_vcpus is 0"),
+            (|config| config.max_vcpus = 33, "max_vcpus is 33"),
+            (|config| config.memory_mib = 63, "memory_mib is 63"),
+            (|config| config.command_line = "a\nb".into(), "command_line"),
+            (|config| config.disk_slots = 1, "slot 1"),
+        ];
+        for (change, words) in cases {
+            let error = bad(change).expect_err(words);
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}

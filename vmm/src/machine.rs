@@ -1,0 +1,404 @@
+//! Builds a VM. [`Machine::build`] reads top to bottom as the boot order.
+
+use std::fs::File;
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+
+use bulkhead_protocol::control::{
+    BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VmConfig,
+};
+use bulkhead_protocol::ports;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::{cpuid, kernel, layout, mptable, registers};
+use crate::console::{self, Console, Ring};
+use crate::memory::{self, GuestMemory, Image};
+use crate::ports::Ports;
+use crate::vcpu::{Bus, ExitReport, Vcpus};
+use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::block::{Block, DiskError, DiskImage};
+use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::mmio::{MmioTransport, Slot, TransportError};
+use crate::virtio::net::{Net, NetError};
+use crate::virtio::pmem::Pmem;
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockError};
+use crate::{command_line, config, jail};
+
+/// Why a VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration is wrong.
+    #[error("Invalid VM configuration")]
+    Config(#[source] config::ConfigError),
+    /// The configuration names a descriptor that did not come with it.
+    #[error("Missing descriptor for {what}")]
+    Descriptor {
+        /// Field.
+        what: &'static str,
+        /// Reason.
+        #[source]
+        source: ChannelError,
+    },
+    /// KVM refused.
+    #[error("KVM cannot {what}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// Reason.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory.
+    #[error("Cannot set up guest memory")]
+    Memory(#[source] memory::MemoryError),
+    /// Guest memory has no host address.
+    #[error("Cannot find the host address of guest memory")]
+    Address(#[source] vm_memory::GuestMemoryError),
+    /// The kernel.
+    #[error("Cannot prepare the kernel")]
+    Kernel(#[source] kernel::KernelError),
+    /// MP table.
+    #[error("Cannot describe the processors")]
+    MpTable(#[source] mptable::MpTableError),
+    /// Registers.
+    #[error("Cannot initialise a vCPU")]
+    Registers(#[source] registers::RegisterError),
+    /// Disk.
+    #[error("Cannot use the disk of slot {slot}")]
+    Disk {
+        /// Slot.
+        slot: u32,
+        /// Reason.
+        #[source]
+        source: DiskError,
+    },
+    /// Shared tree.
+    #[error("Cannot share a tree")]
+    Fs(#[source] FsError),
+    /// Network.
+    #[error("Cannot use network device {index}")]
+    Net {
+        /// Index in the configuration.
+        index: usize,
+        /// Reason.
+        #[source]
+        source: NetError,
+    },
+    /// vsock.
+    #[error("Cannot set up vsock")]
+    Vsock(#[source] VsockError),
+    /// More devices than interrupt lines.
+    #[error("{0} devices are over the limit of {max}", max = layout::LAST_GSI - layout::FIRST_GSI + 1)]
+    TooManyDevices(usize),
+    /// Transport.
+    #[error("Cannot wire a device")]
+    Transport(#[source] TransportError),
+    /// Descriptor, thread, signal.
+    #[error("Cannot get a resource of the host")]
+    Host(#[source] std::io::Error),
+    /// Jail.
+    #[error("Cannot confine the VMM")]
+    Jail(#[source] jail::JailError),
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
+    move |source| BuildError::Kvm { what, source }
+}
+
+/// A running VM.
+#[derive(Debug)]
+pub struct Machine {
+    /// virtio devices by slot.
+    pub devices: Vec<Arc<MmioTransport>>,
+    /// Streams between guest and host.
+    pub vsock: Arc<Mutex<Vsock>>,
+    /// Disks by slot number.
+    pub disks: Vec<Arc<Mutex<Block>>>,
+    /// Memory given back by the guest.
+    pub balloon: Option<Arc<Mutex<Balloon>>>,
+    /// The processors.
+    pub vcpus: Vcpus,
+    /// Output of the serial console.
+    pub console: Ring,
+    /// Readable when [`exits`](Self::exits) has a reason.
+    pub exit_event: EventFd,
+    /// Why the VM ended.
+    pub exits: Receiver<ExitReason>,
+    _vm: VmFd,
+    _image: Image,
+}
+
+impl Machine {
+    /// Builds the VM the request describes and starts it. `times` gets the end of each phase.
+    ///
+    /// The configuration is checked before anything is created. On an error the process is to end: parts
+    /// of the jail may be in place.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn build(
+        config: &VmConfig,
+        request: &mut Received<RequestMessage>,
+        times: &mut BootTimes,
+    ) -> Result<Self, BuildError> {
+        config::validate(config).map_err(BuildError::Config)?;
+        let mut take = |what, fd| take_fd(request, what, fd);
+
+        // The VM and its memory.
+        let kvm_fd = take("kvm", config.kvm)?;
+        // SAFETY: the descriptor is owned and given up here; ioctls on anything but /dev/kvm fail.
+        let hypervisor = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(kvm_fd.into_raw_fd()) };
+        let vm = create_vm(&hypervisor)?;
+        let memory = memory::allocate(config.memory_mib).map_err(BuildError::Memory)?;
+        let mut memory_slots = add_memory(&vm, &memory)?;
+        let image_file = File::from(take("root", config.root)?);
+        let image = Image::map(&image_file).map_err(BuildError::Memory)?;
+        let image_start = layout::persistent_memory_start(config.memory_mib);
+        add_memory_slot(
+            &vm,
+            &mut memory_slots,
+            image_start,
+            image.length,
+            image.address,
+            KVM_MEM_READONLY,
+        )?;
+        // Interrupt controllers in the kernel; no PIT, the guest has the TSC-deadline timer.
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(kvm("place its identity map"))?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(kvm("place its task state"))?;
+        vm.create_irq_chip()
+            .map_err(kvm("create interrupt controllers"))?;
+        times.memory = now();
+
+        let mut kernel_file = File::from(take("kernel", config.kernel)?);
+        let entry = kernel::load(&memory, &mut kernel_file).map_err(BuildError::Kernel)?;
+        times.kernel = now();
+
+        // Devices, in the order in which the guest needs them.
+        let memory = Arc::new(memory);
+        let mut devices: Vec<Arc<Mutex<dyn VirtioDevice>>> =
+            vec![Arc::new(Mutex::new(Pmem::new(0, image_start, image.length)))];
+        let mut vsock = Vsock::new(ports::GUEST_CID).map_err(BuildError::Vsock)?;
+        for (port, fd) in &config.vsock_listeners {
+            vsock
+                .listen(*port, take("vsock_listeners", *fd)?)
+                .map_err(BuildError::Vsock)?;
+        }
+        let vsock = Arc::new(Mutex::new(vsock));
+        devices.push(vsock.clone());
+        let mut share_root = None;
+        if let Some(share) = &config.share {
+            let root = File::from(take("share.root", share.root)?);
+            share_root = Some(root.try_clone().map_err(BuildError::Host)?);
+            let proc_self_fd = share
+                .proc_self_fd
+                .map(|fd| take("share.proc_self_fd", fd))
+                .transpose()?;
+            let proc_self_fd = match proc_self_fd {
+                Some(fd) => File::from(fd),
+                // The one path this process opens: its own descriptors, while it can still see them.
+                None => File::open("/proc/self/fd").map_err(BuildError::Host)?,
+            };
+            let fs = Fs::new(0, &share.tag, root, Some(proc_self_fd)).map_err(BuildError::Fs)?;
+            devices.push(Arc::new(Mutex::new(fs)));
+        }
+        devices.push(Arc::new(Mutex::new(Rng::new())));
+        let balloon = config.balloon.then(|| Arc::new(Mutex::new(Balloon::new())));
+        if let Some(balloon) = &balloon {
+            devices.push(balloon.clone());
+        }
+        for (index, net) in config.nets.iter().enumerate() {
+            let tap = take("nets.tap", net.tap)?;
+            let device =
+                Net::new(index, tap, net.mac, net.mtu).map_err(|source| BuildError::Net { index, source })?;
+            devices.push(Arc::new(Mutex::new(device)));
+        }
+        let mut disks = Vec::new();
+        for slot in 0..config.disk_slots {
+            let disk = config.disks.iter().find(|(place, _)| *place == slot);
+            let disk = match disk {
+                Some((_, disk)) => Some(open_disk(disk, slot, &mut take)?),
+                None => None,
+            };
+            let disk = Arc::new(Mutex::new(Block::new(slot, disk)));
+            devices.push(disk.clone());
+            disks.push(disk);
+        }
+        let slots = (0..devices.len())
+            .map(|index| Slot::new(index).ok_or(BuildError::TooManyDevices(devices.len())))
+            .collect::<Result<Vec<_>, _>>()?;
+        let transports = devices
+            .into_iter()
+            .zip(&slots)
+            .map(|(device, slot)| {
+                let transport = MmioTransport::new(device, memory.clone())?;
+                transport.connect(&vm, *slot)?;
+                Ok(Arc::new(transport))
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(BuildError::Transport)?;
+        let ring = Ring::default();
+        let serial = config.console.then(|| connect_console(&vm, &ring)).transpose()?;
+        times.devices = now();
+
+        // What the kernel finds in memory, and the processors.
+        let line = command_line::build(
+            config.console,
+            config.vcpus,
+            config.max_vcpus,
+            &slots,
+            &config.command_line,
+        );
+        kernel::write_boot_data(&memory, &line).map_err(BuildError::Kernel)?;
+        mptable::write(&memory, config.max_vcpus).map_err(BuildError::MpTable)?;
+        let supported = hypervisor
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("tell its CPUID"))?;
+        let vcpus = (0..config.max_vcpus)
+            .map(|id| create_vcpu(&vm, &supported, id, config.max_vcpus))
+            .collect::<Result<Vec<_>, _>>()?;
+        registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
+
+        // Nothing of the host's file system is needed any more, and no other thread exists yet.
+        jail::enter(share_root.as_ref().map(AsFd::as_fd)).map_err(BuildError::Jail)?;
+        drop((share_root, kernel_file, image_file));
+
+        let bus = Arc::new(Bus {
+            ports: Ports::new(serial, memory),
+            devices: transports.clone(),
+        });
+        let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
+        let (reasons, exits) = std::sync::mpsc::channel();
+        times.running = now();
+        let vcpus = Vcpus::start(vcpus, &bus, || {
+            Ok(ExitReport {
+                reasons: reasons.clone(),
+                event: exit_event.try_clone()?,
+            })
+        })
+        .map_err(BuildError::Host)?;
+        Ok(Self {
+            devices: transports,
+            vsock,
+            disks,
+            balloon,
+            vcpus,
+            console: ring,
+            exit_event,
+            exits,
+            _vm: vm,
+            _image: image,
+        })
+    }
+}
+
+/// Microseconds of `CLOCK_MONOTONIC`.
+pub fn now() -> u64 {
+    use nix::time::{ClockId, clock_gettime};
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        time.tv_sec().unsigned_abs() * 1_000_000 + time.tv_nsec().unsigned_abs() / 1000
+    })
+}
+
+/// Takes a descriptor out of a request.
+///
+/// # Errors
+/// [`BuildError::Descriptor`] names the field.
+pub fn take_fd(
+    request: &mut Received<RequestMessage>,
+    what: &'static str,
+    fd: Fd,
+) -> Result<OwnedFd, BuildError> {
+    request
+        .take(fd)
+        .map_err(|source| BuildError::Descriptor { what, source })
+}
+
+/// Opens the files of a disk.
+///
+/// # Errors
+/// [`BuildError::Descriptor`], [`BuildError::Disk`].
+pub fn open_disk(
+    disk: &Disk,
+    slot: u32,
+    mut take: impl FnMut(&'static str, Fd) -> Result<OwnedFd, BuildError>,
+) -> Result<DiskImage, BuildError> {
+    let files = disk
+        .files
+        .iter()
+        .map(|fd| take("disk.files", *fd).map(File::from))
+        .collect::<Result<_, _>>()?;
+    DiskImage::new(files, disk.read_only).map_err(|source| BuildError::Disk { slot, source })
+}
+
+fn create_vm(hypervisor: &Kvm) -> Result<VmFd, BuildError> {
+    loop {
+        match hypervisor.create_vm() {
+            // A signal to a busy host's process interrupts the creation of the VM's kernel threads.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(kvm("create a VM")),
+        }
+    }
+}
+
+fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<u32, BuildError> {
+    let mut slots = 0;
+    for region in memory.iter() {
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(BuildError::Address)?;
+        add_memory_slot(
+            vm,
+            &mut slots,
+            region.start_addr().0,
+            region.len(),
+            host as u64,
+            0,
+        )?;
+    }
+    Ok(slots)
+}
+
+fn add_memory_slot(
+    vm: &VmFd,
+    slots: &mut u32,
+    guest: u64,
+    size: u64,
+    host: u64,
+    flags: u32,
+) -> Result<(), BuildError> {
+    let region = kvm_userspace_memory_region {
+        slot: *slots,
+        flags,
+        guest_phys_addr: guest,
+        memory_size: size,
+        userspace_addr: host,
+    };
+    // SAFETY: the range is a mapping of this process that is never unmapped while the VM exists.
+    unsafe { vm.set_user_memory_region(region) }.map_err(kvm("use guest memory"))?;
+    *slots += 1;
+    Ok(())
+}
+
+fn connect_console(vm: &VmFd, ring: &Ring) -> Result<Console, BuildError> {
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
+    vm.register_irqfd(&interrupt, console::GSI)
+        .map_err(kvm("connect the console's interrupt"))?;
+    Ok(Console::new(interrupt, ring.clone()))
+}
+
+fn create_vcpu(vm: &VmFd, supported: &CpuId, id: u8, count: u8) -> Result<VcpuFd, BuildError> {
+    let vcpu = vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?;
+    vcpu.set_cpuid2(&cpuid::normalize(supported, id, count))
+        .map_err(kvm("set a vCPU's CPUID"))?;
+    registers::set_msrs(&vcpu).map_err(BuildError::Registers)?;
+    registers::set_local_interrupts(&vcpu).map_err(BuildError::Registers)?;
+    Ok(vcpu)
+}

@@ -1,0 +1,326 @@
+//! The VMM process: one control socket, one VM, one event loop.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bulkhead_protocol::control::{
+    BootTimes, Channel, ChannelError, DeviceStatus, Event, Exit, ExitReason, Inspection, Received, Reply,
+    Request, RequestMessage, VmmMessage,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::error_chain;
+use crate::machine::{BuildError, Machine, now, open_disk, take_fd};
+use crate::virtio::vsock::VsockEvent;
+
+/// Epoll data of the main loop.
+const CONTROL: u64 = 0;
+const EXIT: u64 = 1;
+const DEVICES: u64 = 2;
+
+/// Low half of a device's epoll data when its own descriptor is meant, not a queue.
+const OWN_EVENT: u64 = 0xffff_ffff;
+
+/// Bytes of console output in an exit report, and in an inspection.
+const EXIT_CONSOLE: usize = 4 << 10;
+const INSPECT_CONSOLE: usize = 16 << 10;
+
+/// Why the process could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The control socket.
+    #[error("Control socket failed")]
+    Channel(#[source] ChannelError),
+    /// The first request is not `Boot`.
+    #[error("The first request must be Boot")]
+    NotBoot,
+    /// The VM could not be built; the sandbox has been told.
+    #[error("Cannot build the VM")]
+    Build(#[source] BuildError),
+    /// The event loop.
+    #[error("Event loop failed")]
+    Poll(#[source] io::Error),
+}
+
+/// Serves one VM until it ends or the other end of `channel` closes.
+///
+/// # Errors
+/// [`ServerError`]. When the VM itself ends that is no error.
+pub fn serve(channel: &Channel, started: u64) -> Result<(), ServerError> {
+    let mut request: Received<RequestMessage> = channel.receive().map_err(ServerError::Channel)?;
+    let id = request.message.id;
+    let Request::Boot(config) = request.message.request.clone() else {
+        send(
+            channel,
+            &VmmMessage::Reply {
+                id,
+                result: Err(ServerError::NotBoot.to_string()),
+            },
+        )?;
+        return Err(ServerError::NotBoot);
+    };
+    let mut times = BootTimes {
+        started,
+        configured: now(),
+        ..BootTimes::default()
+    };
+    let machine = match Machine::build(&config, &mut request, &mut times) {
+        Ok(machine) => machine,
+        Err(error) => {
+            send(
+                channel,
+                &VmmMessage::Reply {
+                    id,
+                    result: Err(error_chain(&error)),
+                },
+            )?;
+            return Err(ServerError::Build(error));
+        }
+    };
+    drop(request);
+    send(
+        channel,
+        &VmmMessage::Reply {
+            id,
+            result: Ok(Reply::Booted(times)),
+        },
+    )?;
+    Server::new(channel, machine)?.run()
+}
+
+fn send(channel: &Channel, message: &VmmMessage) -> Result<(), ServerError> {
+    channel.send(message, &[]).map_err(ServerError::Channel)
+}
+
+struct Server<'a> {
+    channel: &'a Channel,
+    machine: Machine,
+    poll: Epoll,
+    /// Watches everything of the devices, so that a pause takes one call.
+    device_poll: Epoll,
+    paused: bool,
+}
+
+impl<'a> Server<'a> {
+    fn new(channel: &'a Channel, machine: Machine) -> Result<Self, ServerError> {
+        let poll = Epoll::new().map_err(ServerError::Poll)?;
+        let device_poll = Epoll::new().map_err(ServerError::Poll)?;
+        watch(&poll, channel.as_raw_fd(), CONTROL)?;
+        watch(&poll, machine.exit_event.as_raw_fd(), EXIT)?;
+        watch(&poll, device_poll.as_raw_fd(), DEVICES)?;
+        for (index, device) in (0u64..).zip(&machine.devices) {
+            for (queue, event) in (0u64..).zip(device.watched_queues()) {
+                watch(&device_poll, event.as_raw_fd(), index << 32 | queue)?;
+            }
+            if let Some(fd) = device.watched_event() {
+                watch(&device_poll, fd, index << 32 | OWN_EVENT)?;
+            }
+        }
+        Ok(Self {
+            channel,
+            machine,
+            poll,
+            device_poll,
+            paused: false,
+        })
+    }
+
+    fn run(&mut self) -> Result<(), ServerError> {
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let count = wait(&self.poll, -1, &mut events)?;
+            for event in &events[..count] {
+                match event.data() {
+                    CONTROL => match self.channel.receive() {
+                        Ok(request) => self.answer(request)?,
+                        // The sandbox has gone, and the VM with it.
+                        Err(ChannelError::Closed) => return Ok(()),
+                        Err(error) => return Err(ServerError::Channel(error)),
+                    },
+                    EXIT => {
+                        let reason = self
+                            .machine
+                            .exits
+                            .try_recv()
+                            .unwrap_or_else(|_| ExitReason::VmmError("exit without a reason".into()));
+                        return self.report_exit(reason);
+                    }
+                    _ => self.run_devices()?,
+                }
+            }
+            self.send_vsock_events()?;
+        }
+    }
+
+    fn run_devices(&mut self) -> Result<(), ServerError> {
+        let mut events = [EpollEvent::default(); 32];
+        let count = wait(&self.device_poll, 0, &mut events)?;
+        for event in &events[..count] {
+            let (index, part) = (event.data() >> 32, event.data() & 0xffff_ffff);
+            let device = &self.machine.devices[index as usize];
+            if part == OWN_EVENT {
+                device.process_event();
+            } else {
+                device.process_queue(part as usize);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_vsock_events(&mut self) -> Result<(), ServerError> {
+        let events = lock(&self.machine.vsock).take_events();
+        for event in events {
+            let message = match event {
+                VsockEvent::Connected { port } => VmmMessage::Event(Event::VsockConnected { port }),
+                VsockEvent::Closed { port } => VmmMessage::Event(Event::VsockClosed { port }),
+                VsockEvent::ConnectResult { token, result } => VmmMessage::Reply {
+                    id: token,
+                    result: result.map(|()| Reply::Done).map_err(|error| error_chain(&error)),
+                },
+            };
+            send(self.channel, &message)?;
+        }
+        Ok(())
+    }
+
+    fn report_exit(&mut self, reason: ExitReason) -> Result<(), ServerError> {
+        // What the guest sent before it ended is still to be delivered.
+        self.run_devices()?;
+        self.send_vsock_events()?;
+        let console = self.machine.console.tail(EXIT_CONSOLE);
+        match send(
+            self.channel,
+            &VmmMessage::Event(Event::Exited(Exit { reason, console })),
+        ) {
+            Err(ServerError::Channel(ChannelError::Closed)) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn answer(&mut self, mut request: Received<RequestMessage>) -> Result<(), ServerError> {
+        let id = request.message.id;
+        // A connection's answer comes from the guest, by `send_vsock_events`.
+        if let Some(result) = self.perform(&mut request).transpose() {
+            send(self.channel, &VmmMessage::Reply { id, result })?;
+        }
+        Ok(())
+    }
+
+    /// Carries a request out; `None`: it is answered later.
+    fn perform(&mut self, request: &mut Received<RequestMessage>) -> Result<Option<Reply>, String> {
+        let text = |error: &dyn std::error::Error| error_chain(error);
+        let id = request.message.id;
+        match request.message.request.clone() {
+            Request::Boot(_) => return Err("The VM is booted already".into()),
+            Request::Pause => self.pause().map_err(|error| text(&error))?,
+            Request::Resume => self.resume().map_err(|error| text(&error))?,
+            Request::VsockListen { port, far_end } => {
+                let far_end = take_fd(request, "far_end", far_end).map_err(|error| text(&error))?;
+                lock(&self.machine.vsock)
+                    .listen(port, far_end)
+                    .map_err(|error| text(&error))?;
+            }
+            Request::VsockUnlisten { port } => {
+                lock(&self.machine.vsock)
+                    .unlisten(port)
+                    .map_err(|error| text(&error))?;
+            }
+            Request::VsockConnect { port, far_end } => {
+                let far_end = take_fd(request, "far_end", far_end).map_err(|error| text(&error))?;
+                lock(&self.machine.vsock)
+                    .connect(port, far_end, id)
+                    .map_err(|error| text(&error))?;
+                return Ok(None);
+            }
+            Request::AttachDisk { slot, disk } => {
+                let image = open_disk(&disk, slot, |what, fd| take_fd(request, what, fd))
+                    .map_err(|error| text(&error))?;
+                lock(self.disk(slot)?)
+                    .attach(image)
+                    .map_err(|error| text(&error))?;
+            }
+            Request::DetachDisk { slot } => {
+                lock(self.disk(slot)?).detach().map_err(|error| text(&error))?;
+            }
+            Request::SetBalloon { mib } => {
+                let balloon = self.machine.balloon.as_ref().ok_or("The VM has no balloon")?;
+                lock(balloon).set_target_mib(mib).map_err(|error| text(&error))?;
+            }
+            Request::Inspect => return Ok(Some(Reply::Inspected(self.inspect()))),
+        }
+        Ok(Some(Reply::Done))
+    }
+
+    fn disk(&self, slot: u32) -> Result<&Mutex<crate::virtio::block::Block>, String> {
+        let disks = &self.machine.disks;
+        disks
+            .get(slot as usize)
+            .map(|disk| &**disk)
+            .ok_or_else(|| format!("slot is {slot}; the VM has {} disk slots", disks.len()))
+    }
+
+    fn pause(&mut self) -> io::Result<()> {
+        if self.paused {
+            return Ok(());
+        }
+        self.poll.ctl(
+            ControlOperation::Delete,
+            self.device_poll.as_raw_fd(),
+            EpollEvent::default(),
+        )?;
+        self.machine.vcpus.pause();
+        for device in &self.machine.devices {
+            device.set_paused(true);
+        }
+        self.paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        if !self.paused {
+            return Ok(());
+        }
+        for device in &self.machine.devices {
+            device.set_paused(false);
+        }
+        let event = EpollEvent::new(EventSet::IN, DEVICES);
+        self.poll
+            .ctl(ControlOperation::Add, self.device_poll.as_raw_fd(), event)?;
+        self.machine.vcpus.resume();
+        self.paused = false;
+        Ok(())
+    }
+
+    fn inspect(&self) -> Inspection {
+        let devices = self.machine.devices.iter();
+        Inspection {
+            paused: self.paused,
+            console: self.machine.console.tail(INSPECT_CONSOLE),
+            devices: devices
+                .map(|device| DeviceStatus {
+                    name: device.name().to_owned(),
+                    status: device.status(),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn watch(poll: &Epoll, fd: RawFd, data: u64) -> Result<(), ServerError> {
+    poll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
+        .map_err(ServerError::Poll)
+}
+
+fn wait(poll: &Epoll, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, ServerError> {
+    loop {
+        match poll.wait(timeout, events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map_err(ServerError::Poll),
+        }
+    }
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,293 @@
+//! virtio over MMIO, version 2 (virtio 1.2, 4.2).
+
+mod registers;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use registers::Registers;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Activation, DeviceError, Interrupt, VirtioDevice};
+use crate::arch::layout;
+use crate::memory::GuestMemory;
+
+pub use registers::TransportState;
+
+/// Place of a device: its register window and interrupt line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot(u32);
+
+impl Slot {
+    /// The slot of the device with this index; `None` when the interrupt lines are used up.
+    pub fn new(index: usize) -> Option<Self> {
+        let index = u32::try_from(index).ok()?;
+        (index <= layout::LAST_GSI - layout::FIRST_GSI).then_some(Self(index))
+    }
+
+    /// Guest-physical address of the register window.
+    pub fn address(self) -> u64 {
+        layout::VIRTIO_MMIO + u64::from(self.0) * layout::VIRTIO_MMIO_SIZE
+    }
+
+    /// Interrupt line.
+    pub fn gsi(self) -> u32 {
+        layout::FIRST_GSI + self.0
+    }
+}
+
+/// Why a device could not be wired.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// Eventfd.
+    #[error("Cannot create an eventfd")]
+    EventFd(#[source] std::io::Error),
+    /// A queue size the device offers is not a power of two.
+    #[error("Cannot create a virtqueue")]
+    Queue(#[source] virtio_queue::Error),
+    /// Interrupt line.
+    #[error("Cannot connect a device's interrupt to KVM")]
+    Irqfd(#[source] kvm_ioctls::Error),
+    /// Notification register.
+    #[error("Cannot connect a device's notification register to KVM")]
+    Ioeventfd(#[source] kvm_ioctls::Error),
+}
+
+/// A device behind its register window.
+#[derive(Debug)]
+pub struct MmioTransport {
+    registers: Mutex<Registers>,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    /// Whether the device is activated. Changes only under the device's lock.
+    active: AtomicBool,
+    interrupt: Arc<Interrupt>,
+    queue_events: Vec<EventFd>,
+    event_fd: Option<RawFd>,
+    owns_queue_events: bool,
+    memory: Arc<GuestMemory>,
+    name: String,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind a register window. Nothing is connected to KVM yet.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub fn new(
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: Arc<GuestMemory>,
+    ) -> Result<Self, TransportError> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(TransportError::EventFd);
+        let interrupt = Arc::new(Interrupt::new(event()?));
+        let mut guard = lock(&device);
+        let registers = Registers::new(guard.device_type(), guard.features(), guard.queue_sizes())
+            .map_err(TransportError::Queue)?;
+        let queue_events = guard
+            .queue_sizes()
+            .iter()
+            .map(|_| event())
+            .collect::<Result<Vec<_>, _>>()?;
+        let owns_queue_events = guard.owns_queue_events();
+        if owns_queue_events {
+            let clones = queue_events
+                .iter()
+                .map(EventFd::try_clone)
+                .collect::<Result<_, _>>();
+            guard.set_queue_events(clones.map_err(TransportError::EventFd)?);
+        }
+        let event_fd = guard.event_fd();
+        let name = guard.name().to_owned();
+        drop(guard);
+        Ok(Self {
+            registers: Mutex::new(registers),
+            device,
+            active: AtomicBool::new(false),
+            interrupt,
+            queue_events,
+            event_fd,
+            owns_queue_events,
+            memory,
+            name,
+        })
+    }
+
+    /// Connects interrupt and notification register of a device in `slot` to KVM.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub fn connect(&self, vm: &VmFd, slot: Slot) -> Result<(), TransportError> {
+        vm.register_irqfd(self.interrupt.event(), slot.gsi())
+            .map_err(TransportError::Irqfd)?;
+        let register = IoEventAddress::Mmio(slot.address() + registers::QUEUE_NOTIFY);
+        for (index, event) in (0u32..).zip(&self.queue_events) {
+            vm.register_ioevent(event, &register, index)
+                .map_err(TransportError::Ioeventfd)?;
+        }
+        Ok(())
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Kick eventfds the event loop has to watch, by queue.
+    pub fn watched_queues(&self) -> &[EventFd] {
+        if self.owns_queue_events {
+            &[]
+        } else {
+            &self.queue_events
+        }
+    }
+
+    /// The device's own descriptor the event loop has to watch.
+    pub fn watched_event(&self) -> Option<RawFd> {
+        self.event_fd
+    }
+
+    /// Device status register.
+    pub fn status(&self) -> u8 {
+        lock(&self.registers).status()
+    }
+
+    /// State of the registers, for a snapshot.
+    pub fn save(&self) -> TransportState {
+        lock(&self.registers).save(self.interrupt.status())
+    }
+
+    /// A watched kick eventfd is readable.
+    pub fn process_queue(&self, index: usize) {
+        if let Some(event) = self.queue_events.get(index) {
+            // Readable or not, the queue is looked at.
+            let _ = event.read();
+        }
+        self.run(|device, active| {
+            if active {
+                device.process_queue(index)
+            } else {
+                Ok(())
+            }
+        });
+    }
+
+    /// The device's own descriptor is readable.
+    pub fn process_event(&self) {
+        self.run(|device, _| device.process_event());
+    }
+
+    /// Stops (or lets go on) the device's workers.
+    pub fn set_paused(&self, paused: bool) {
+        let mut device = lock(&self.device);
+        if paused { device.pause() } else { device.resume() }
+    }
+
+    /// Marks the device as broken; the driver has to reset it (virtio 1.2, 2.1.2).
+    pub fn fail(&self, error: &DeviceError) {
+        eprintln!("{}: {}", self.name, chain(error));
+        if lock(&self.registers).set_needs_reset() {
+            // A driver that hears nothing finds the bit when it next looks.
+            let _ = self.interrupt.config_change();
+        }
+    }
+
+    fn run(&self, work: impl FnOnce(&mut dyn VirtioDevice, bool) -> Result<(), DeviceError>) {
+        let result = {
+            let mut device = lock(&self.device);
+            work(&mut *device, self.active.load(Ordering::Relaxed))
+        };
+        if let Err(error) = result {
+            self.fail(&error);
+        }
+    }
+
+    /// The guest reads `data.len()` bytes at `offset` of the register window.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= registers::CONFIG {
+            lock(&self.device).read_config(offset - registers::CONFIG, data);
+            return;
+        }
+        if data.len() != 4 {
+            return;
+        }
+        let value = match offset {
+            registers::INTERRUPT_STATUS => self.interrupt.status(),
+            registers::CONFIG_GENERATION => lock(&self.device).config_generation(),
+            _ => lock(&self.registers).read(offset),
+        };
+        data.copy_from_slice(&value.to_le_bytes());
+    }
+
+    /// The guest writes `data` at `offset` of the register window.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        if offset >= registers::CONFIG {
+            let registers = lock(&self.registers);
+            if registers.driver_present() {
+                lock(&self.device).write_config(offset - registers::CONFIG, data);
+            }
+            drop(registers);
+            return;
+        }
+        let Ok(data) = <[u8; 4]>::try_from(data) else {
+            return;
+        };
+        let value = u32::from_le_bytes(data);
+        match offset {
+            registers::INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            // KVM takes these itself once connected.
+            registers::QUEUE_NOTIFY => {
+                if let Some(event) = self.queue_events.get(value as usize) {
+                    let _ = event.write(1);
+                }
+            }
+            registers::STATUS => self.write_status(value),
+            _ => lock(&self.registers).write(offset, value, &self.memory),
+        }
+    }
+
+    fn write_status(&self, value: u32) {
+        let mut registers = lock(&self.registers);
+        match registers.write_status(value) {
+            registers::StatusChange::None => {}
+            registers::StatusChange::Reset => {
+                let mut device = lock(&self.device);
+                if self.active.swap(false, Ordering::Relaxed) {
+                    device.reset();
+                }
+                self.interrupt.acknowledge(u32::MAX);
+                for event in &self.queue_events {
+                    let _ = event.read();
+                }
+            }
+            registers::StatusChange::Activate => {
+                let activation = Activation {
+                    memory: (*self.memory).clone(),
+                    queues: registers.take_queues(),
+                    interrupt: self.interrupt.clone(),
+                    features: registers.features(),
+                };
+                let mut device = lock(&self.device);
+                let result = device.activate(activation);
+                self.active.store(result.is_ok(), Ordering::Relaxed);
+                drop((device, registers));
+                if let Err(error) = result {
+                    self.fail(&error);
+                }
+            }
+        }
+    }
+}
+
+/// A panic of another holder is a bug, but no reason for the guest to take the VMM down with a second one.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    crate::error_chain(error)
+}
