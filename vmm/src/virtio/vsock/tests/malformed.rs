@@ -6,7 +6,7 @@ use crate::virtio::test_queue::GAP;
 /// Address, length and direction of each descriptor.
 type Buffers = &'static [(u64, u32, bool)];
 
-/// Lets the driver do `harm`, kicks `queue` and expects the device to stop in GOOD order: an error, no
+/// Lets the driver do `harm`, kicks `queue` and expects the device to stop in good order: an error, no
 /// further access, and the stream that was open ends with what was sent.
 fn stops(queue: usize, harm: impl FnOnce(&mut Guest)) -> DeviceError {
     let mut guest = Guest::starved();
