@@ -5,6 +5,8 @@
 //! table in private memory that repeats the checked chain, with a private copy of the message header in
 //! front. Only payload is still in guest memory.
 
+mod names;
+
 use std::io;
 use std::sync::Arc;
 
@@ -37,6 +39,10 @@ const XATTR: [u32; 2] = [22, 23];
 /// Largest value or list of extended attributes in Linux (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: u32 = 64 << 10;
 
+/// How much of a message with names is copied: more than names, arguments and header can take. The target of
+/// a symbolic link follows its name and may be longer.
+const NAMED_COPY_SIZE: usize = 0x1000;
+
 /// Where the private memory appears to the library: above all that is physical.
 const PRIVATE: u64 = 1 << 60;
 /// Entries of the private descriptor table: the copy, a full chain, and a first segment cut in two.
@@ -45,7 +51,7 @@ const TABLE_ENTRIES: u16 = (2 * MAX_SEGMENTS) as u16;
 const AVAILABLE: u64 = PRIVATE + 16 * TABLE_ENTRIES as u64;
 /// The copy of the message's start.
 const COPY: u64 = AVAILABLE + 0x2000;
-const PRIVATE_SIZE: usize = (COPY - PRIVATE) as usize + 0x1000;
+const PRIVATE_SIZE: usize = (COPY - PRIVATE) as usize + NAMED_COPY_SIZE;
 
 /// The dirty bitmap type of the guest memory the library works on, which it does not name itself.
 type Bitmap = <Reader<'static> as HasBitmap>::Bitmap;
@@ -65,6 +71,8 @@ pub(super) struct Messages {
     queue: Queue,
     /// Keeps what `view` points to mapped.
     memory: Arc<GuestMemory>,
+    /// The start of the message at hand.
+    copy: Box<[u8; NAMED_COPY_SIZE]>,
 }
 
 impl Messages {
@@ -75,7 +83,12 @@ impl Messages {
     pub(super) fn new(memory: Arc<GuestMemory>) -> io::Result<Self> {
         let view = view(&memory)?;
         let queue = private_queue(&view).map_err(io::Error::other)?;
-        Ok(Self { view, queue, memory })
+        Ok(Self {
+            view,
+            queue,
+            memory,
+            copy: Box::new([0; NAMED_COPY_SIZE]),
+        })
     }
 
     /// The two sides of the message in `chain`.
@@ -83,14 +96,21 @@ impl Messages {
     /// # Errors
     /// The message has no header, no room for an answer, or asks for more than any driver does.
     pub(super) fn open(&mut self, chain: &Chain) -> Result<(Reader<'_>, Writer<'_>), DeviceError> {
-        let mut copy = [0; COPY_SIZE];
-        let copied = chain.readable_len().min(COPY_SIZE);
+        let mut copied = chain.readable_len().min(COPY_SIZE);
         if copied < IN_HEADER_SIZE {
             return Err(DeviceError::Protocol("FUSE message without a header"));
         }
-        chain.read_at(&self.memory, 0, &mut copy[..copied])?;
-        check(&copy, chain.writable_len())?;
-        let chain = rebuild(&self.view, &mut self.queue, chain, &copy[..copied])?;
+        self.copy.fill(0);
+        chain.read_at(&self.memory, 0, &mut self.copy[..copied])?;
+        let opcode = check(&self.copy, chain.writable_len())?;
+        if let Some(names) = names::position(opcode) {
+            // Nothing is read twice: the guest may have changed it.
+            let whole = chain.readable_len().min(NAMED_COPY_SIZE);
+            chain.read_at(&self.memory, copied, &mut self.copy[copied..whole])?;
+            copied = whole;
+            names::check(&self.copy[IN_HEADER_SIZE..copied], names)?;
+        }
+        let chain = rebuild(&self.view, &mut self.queue, chain, &self.copy[..copied])?;
         let library = |error| DeviceError::Backend(io::Error::other(error));
         let reader = Reader::new(&self.view, chain.clone()).map_err(library)?;
         let writer = Writer::new(&self.view, chain).map_err(library)?;
@@ -126,8 +146,8 @@ fn rebuild<'a>(
         .ok_or(DeviceError::Protocol("private queue is empty"))
 }
 
-/// Refuses messages the library would panic or run out of memory on.
-fn check(copy: &[u8; COPY_SIZE], writable: usize) -> Result<(), DeviceError> {
+/// Refuses messages the library would panic or run out of memory on; the opcode of others.
+fn check(copy: &[u8; NAMED_COPY_SIZE], writable: usize) -> Result<u32, DeviceError> {
     let word = |at: usize| u32::from_le_bytes([copy[at], copy[at + 1], copy[at + 2], copy[at + 3]]);
     let opcode = word(4);
     if writable < OUT_HEADER_SIZE && !UNANSWERED.contains(&opcode) {
@@ -138,7 +158,7 @@ fn check(copy: &[u8; COPY_SIZE], writable: usize) -> Result<(), DeviceError> {
             "FUSE request for too long an extended attribute",
         ));
     }
-    Ok(())
+    Ok(opcode)
 }
 
 /// A descriptor table (virtio 1.2, 2.7.5) in which every descriptor is followed by the next.

@@ -238,6 +238,48 @@ fn names_do_not_lead_out_of_the_tree() {
     }
 }
 
+/// Requests that change a directory, with a name that would lead out of it, against a neighbour of the tree.
+#[test]
+fn directories_outside_the_tree_cannot_be_changed() {
+    const MKDIR: u32 = 9;
+    const UNLINK: u32 = 10;
+    const RENAME: u32 = 12;
+    const SYMLINK: u32 = 6;
+    let neighbour = TempDir::new().unwrap();
+    let victim = neighbour.as_path().join("victim");
+    std::fs::write(&victim, "").unwrap();
+    let outside = neighbour.as_path().file_name().unwrap().to_str().unwrap();
+    let name = |file: &str| format!("../{outside}/{file}\0").into_bytes();
+    let mut rename = ROOT.to_le_bytes().to_vec();
+    rename.extend(b"inside\0");
+    rename.extend(name("victim"));
+    let requests = [
+        (MKDIR, [words(&[0o755, 0]), name("made")].concat()),
+        (SYMLINK, [name("made"), b"/\0".to_vec()].concat()),
+        (UNLINK, name("victim")),
+        (RENAME, rename),
+    ];
+    for (opcode, body) in requests {
+        let mut guest = guest();
+        guest.init();
+        std::fs::write(guest.directory.as_path().join("inside"), "content").unwrap();
+        let message = guest.message(opcode, ROOT, &body);
+        guest.memory.write_slice(&message, GuestAddress(BUFFERS)).unwrap();
+        guest.queues[1].add(&[(BUFFERS, message.len() as u32, false), (REPLY, 0x1000, true)]);
+        guest.kicks[1].write(1).unwrap();
+        assert!(
+            matches!(guest.failure(), DeviceError::Protocol(_)),
+            "opcode {opcode}"
+        );
+        assert_eq!(std::fs::read(&victim).unwrap(), b"", "opcode {opcode}");
+        assert_eq!(
+            std::fs::read_dir(neighbour.as_path()).unwrap().count(),
+            1,
+            "opcode {opcode}"
+        );
+    }
+}
+
 #[test]
 fn forgotten_nodes_are_gone_and_forget_has_no_answer() {
     let mut guest = guest();
