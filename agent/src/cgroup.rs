@@ -321,9 +321,7 @@ impl Watch {
     pub fn new(path: &Path) -> Result<Self, CgroupError> {
         let fail = |e: nix::Error| CgroupError::io("watch", path)(e.into());
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(fail)?;
-        inotify
-            .add_watch(path, AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_DELETE_SELF)
-            .map_err(fail)?;
+        inotify.add_watch(path, AddWatchFlags::IN_MODIFY).map_err(fail)?;
         let fd = inotify
             .as_fd()
             .try_clone_to_owned()

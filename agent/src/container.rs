@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::unistd::Pid;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
 use crate::error::Error;
@@ -140,6 +141,16 @@ struct State {
     /// The helper that makes the container, and the status pipe of its init process until it is started.
     creator: Option<Pid>,
     status_pipe: Option<AsyncFile>,
+    /// Watches for kills for lack of memory.
+    memory_watch: Option<AbortHandle>,
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Some(watch) = &self.memory_watch {
+            watch.abort();
+        }
+    }
 }
 
 /// A process of a container.
@@ -189,6 +200,7 @@ impl Container {
                 oom_kills: 0,
                 creator: None,
                 status_pipe: None,
+                memory_watch: None,
             }),
             turn: tokio::sync::Mutex::default(),
         }
@@ -332,6 +344,9 @@ impl Container {
             exit,
         });
         state.status = Status::Stopped;
+        if let Some(watch) = state.memory_watch.take() {
+            watch.abort();
+        }
         finish(&mut state.init, exit);
     }
 }

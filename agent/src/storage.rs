@@ -254,9 +254,24 @@ impl Plan {
         }
     }
 
-    /// Whether [`Plan::mount`] mounts anything.
+    /// Whether [`Plan::unmount`] has anything to do.
     pub fn has_mounts(&self) -> bool {
-        !self.volumes.is_empty() || !matches!(self.root, RootPlan::Directory(_))
+        self.all().next().is_some() || !self.mount_points().is_empty()
+    }
+
+    /// What is mounted for the container, the latest first. Directories of the shared tree on which the host has
+    /// mounted something become mounts of their own when they are entered (virtio-fs submounts).
+    fn mount_points(&self) -> Vec<PathBuf> {
+        let mut points = mount::mounts_below(&self.directory).unwrap_or_default();
+        points.extend(self.volumes.iter().rev().map(|volume| volume.mount_point.clone()));
+        if let RootPlan::Directory(root) = &self.root
+            && let Some(own) = root
+                .parent()
+                .filter(|own| own.starts_with(SHARED) && *own != Path::new(SHARED))
+        {
+            points.extend(mount::mounts_below(own).unwrap_or_default());
+        }
+        points
     }
 
     /// Mounts everything. After an error [`Plan::unmount`] undoes what was done. Changes the working directory.
@@ -322,11 +337,7 @@ impl Plan {
         let mut note = |error: StorageError| {
             first.get_or_insert(error);
         };
-        let mounted = mount::mounts_below(&self.directory).unwrap_or_default();
-        let points = mounted
-            .into_iter()
-            .chain(self.volumes.iter().rev().map(|volume| volume.mount_point.clone()));
-        for point in points {
+        for point in self.mount_points() {
             if let Err(error) = mount::unmount(&point) {
                 note(error.into());
             }

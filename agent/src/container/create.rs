@@ -14,6 +14,7 @@ use nix::sys::stat::{SFlag, major, minor, stat};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::net::UnixListener;
+use tokio::task::AbortHandle;
 
 use super::executor::ProgramExecutor;
 use super::spec::{Adapted, DeviceNode, Guest, adapt, valid_id};
@@ -126,8 +127,9 @@ impl Containers {
                 (Some(terminal), Some(copies))
             }
         };
-        watch_memory(container);
+        let watch = watch_memory(container);
         let mut state = container.state();
+        state.memory_watch = watch;
         if state.status == Status::Stopped {
             return Err(JobError::Died {
                 job: "the container's init process",
@@ -435,27 +437,24 @@ fn device_node(path: &Path) -> Option<DeviceNode> {
     })
 }
 
-/// Reports kills for lack of memory as they happen.
-fn watch_memory(container: &Arc<Container>) {
+/// Reports kills for lack of memory as they happen. The kernel does not tell the watch of the group's removal: the
+/// container ends it.
+fn watch_memory(container: &Arc<Container>) -> Option<AbortHandle> {
     let watch = match Watch::new(&container.cgroup.file("memory.events")) {
         Ok(watch) => watch,
         Err(error) => {
             log::warn!("container {}: {}", container.id, chain(&error));
-            return;
+            return None;
         }
     };
     let container = Arc::downgrade(container);
-    tokio::spawn(async move {
-        // Ends when the file is gone with the cgroup, or the container with its last process.
+    let task = tokio::spawn(async move {
         while watch.changed().await.is_ok() {
             let Some(container) = container.upgrade() else {
                 return;
             };
-            let mut state = container.state();
-            if state.status == Status::Stopped || state.init_exit.is_some() {
-                return;
-            }
-            container.report_oom(&mut state);
+            container.report_oom(&mut container.state());
         }
     });
+    Some(task.abort_handle())
 }

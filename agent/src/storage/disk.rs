@@ -19,6 +19,11 @@ pub const SECTOR: u64 = 512;
 /// How long a disk may take to appear.
 const APPEAR_LIMIT: Duration = Duration::from_secs(10);
 
+/// When to look at a disk's size again: the kernel announces new disks and changes of size, but not the change from
+/// empty to some size. The VMM reports a disk as attached only after it has told the guest, so the first look
+/// is nearly always the last.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 /// How long a partition may stay in use after it was unmounted, by a container that is being made and still has a
 /// copy of the mount.
 const BUSY_LIMIT: Duration = Duration::from_secs(2);
@@ -207,7 +212,7 @@ fn wait_for(slot: u32, expected: Expected) -> Result<(String, u64), DiskError> {
         if left.is_zero() {
             return Err(DiskError::Absent { slot, size, expected });
         }
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let timeout = PollTimeout::try_from(left.min(LOOK_AGAIN)).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(_) | Err(Errno::EINTR) => (),
             Err(errno) => return Err(DiskError::Watch(errno)),

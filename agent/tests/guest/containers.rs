@@ -180,11 +180,7 @@ async fn settle(guest: &Guest, before: &std::collections::BTreeSet<String>) {
         tokio::time::sleep(std::time::Duration::from_millis(25)).await;
     }
     let after = guest.traces();
-    panic!(
-        "left: {:#?}, gone: {:#?}",
-        after.difference(before),
-        before.difference(&after)
-    );
+    panic!("left: {:?}", after.difference(before).collect::<Vec<_>>());
 }
 
 pub async fn removal_in_every_state(guest: &Guest) {
