@@ -182,8 +182,7 @@ impl Net {
         match result {
             Ok(done) => {
                 if !done || (active.tx_filled && active.writable) {
-                    // It can fail only if the counter is full: then it is readable.
-                    let _ = self.wake.write(1);
+                    self.wake();
                 }
                 Ok(())
             }
@@ -193,6 +192,12 @@ impl Net {
                 Err(error)
             }
         }
+    }
+
+    /// Makes the event descriptor readable.
+    fn wake(&self) {
+        // It can fail only if the counter is full: then it is readable.
+        let _ = self.wake.write(1);
     }
 
     fn poll(&mut self) -> io::Result<()> {
@@ -391,7 +396,9 @@ impl VirtioDevice for Net {
             writable: true,
             tx_filled: true,
         });
-        self.serve()
+        // This is a vCPU thread: frames are for the device thread.
+        self.wake();
+        Ok(())
     }
 
     fn reset(&mut self) {

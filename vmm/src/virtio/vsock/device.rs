@@ -28,8 +28,8 @@ const BUDGET: usize = 256;
 
 /// The socket device of a VM.
 ///
-/// Whoever owns it calls [`take_events`](Self::take_events) after every `process_queue` and
-/// `process_event`. The process must ignore `SIGPIPE`.
+/// Whoever owns it calls [`take_events`](Self::take_events) after every `process_queue`, `process_event`
+/// and [`unlisten`](Self::unlisten). The process must ignore `SIGPIPE`.
 #[derive(Debug)]
 pub struct Vsock {
     guest_cid: u32,
@@ -301,10 +301,9 @@ impl VirtioDevice for Vsock {
             event,
             tx_filled: true,
         });
-        self.guarded(|vsock| {
-            vsock.announce_reset()?;
-            vsock.serve()
-        })
+        // This is a vCPU thread: packets are for the device thread.
+        self.mux.wake();
+        self.guarded(Self::announce_reset)
     }
 
     fn reset(&mut self) {
@@ -312,6 +311,8 @@ impl VirtioDevice for Vsock {
         self.reset = TransportReset::Done;
         if self.queues.take().is_some() {
             self.mux.abandon_all();
+            // For the events there are now.
+            self.mux.wake();
         }
     }
 
