@@ -8,6 +8,7 @@ mod message;
 mod server;
 #[cfg(test)]
 mod tests;
+mod versions;
 
 use std::fs::File;
 use std::io;

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
@@ -51,7 +51,10 @@ const TABLE_ENTRIES: u16 = (2 * MAX_SEGMENTS) as u16;
 const AVAILABLE: u64 = PRIVATE + 16 * TABLE_ENTRIES as u64;
 /// The copy of the message's start.
 const COPY: u64 = AVAILABLE + 0x2000;
-const PRIVATE_SIZE: usize = (COPY - PRIVATE) as usize + NAMED_COPY_SIZE;
+/// Answers to messages of our own.
+const ANSWER: u64 = COPY + NAMED_COPY_SIZE as u64;
+const MAX_ANSWER: usize = 0x1000;
+const PRIVATE_SIZE: usize = (ANSWER - PRIVATE) as usize + MAX_ANSWER;
 
 /// The dirty bitmap type of the guest memory the library works on, which it does not name itself.
 type Bitmap = <Reader<'static> as HasBitmap>::Bitmap;
@@ -91,26 +94,84 @@ impl Messages {
         })
     }
 
-    /// The two sides of the message in `chain`.
+    /// What the message in `chain` asks for, and its two sides.
     ///
     /// # Errors
     /// The message has no header, no room for an answer, or asks for more than any driver does.
-    pub(super) fn open(&mut self, chain: &Chain) -> Result<(Reader<'_>, Writer<'_>), DeviceError> {
+    pub(super) fn open(&mut self, chain: &Chain) -> Result<(Header, Reader<'_>, Writer<'_>), DeviceError> {
         let mut copied = chain.readable_len().min(COPY_SIZE);
         if copied < IN_HEADER_SIZE {
             return Err(DeviceError::Protocol("FUSE message without a header"));
         }
         self.copy.fill(0);
         chain.read_at(&self.memory, 0, &mut self.copy[..copied])?;
-        let opcode = check(&self.copy, chain.writable_len())?;
-        if let Some(names) = names::position(opcode) {
+        let header = check(&self.copy, chain.writable_len())?;
+        if let Some(names) = names::position(header.opcode) {
             // Nothing is read twice: the guest may have changed it.
             let whole = chain.readable_len().min(NAMED_COPY_SIZE);
             chain.read_at(&self.memory, copied, &mut self.copy[copied..whole])?;
             copied = whole;
             names::check(&self.copy[IN_HEADER_SIZE..copied], names)?;
         }
-        let chain = rebuild(&self.view, &mut self.queue, chain, &self.copy[..copied])?;
+        let copy = &self.copy[..copied];
+        let mut table = Table::default();
+        table.push(COPY, copied, 0);
+        let rest = chain.readable_len() - copied;
+        for_each_part(chain.readable(), copied, rest, |address, len| {
+            table.push(address, len, 0);
+            Ok(())
+        })?;
+        for segment in chain.writable() {
+            table.push(segment.address, segment.len as usize, VRING_DESC_F_WRITE);
+        }
+        self.view
+            .write_slice(copy, GuestAddress(COPY))
+            .map_err(DeviceError::Memory)?;
+        let (reader, writer) = self.sides(table)?;
+        Ok((header, reader, writer))
+    }
+
+    /// The two sides of a message of our own with room for an answer of `answer` bytes.
+    ///
+    /// # Errors
+    /// Message or answer is too long.
+    pub(super) fn open_own(
+        &mut self,
+        message: &[u8],
+        answer: usize,
+    ) -> Result<(Reader<'_>, Writer<'_>), DeviceError> {
+        if message.len() > COPY_SIZE || answer > MAX_ANSWER {
+            return Err(DeviceError::Protocol("own FUSE message is too long"));
+        }
+        let mut table = Table::default();
+        table.push(COPY, message.len(), 0);
+        table.push(ANSWER, answer, VRING_DESC_F_WRITE);
+        self.view
+            .write_slice(message, GuestAddress(COPY))
+            .map_err(DeviceError::Memory)?;
+        self.sides(table)
+    }
+
+    /// Reads the answer to the last message of [`open_own`](Self::open_own).
+    ///
+    /// # Errors
+    /// The buffer is longer than the private memory.
+    pub(super) fn read_own(&self, answer: &mut [u8]) -> Result<(), DeviceError> {
+        self.view
+            .read_slice(answer, GuestAddress(ANSWER))
+            .map_err(DeviceError::Memory)
+    }
+
+    /// Publishes a chain in private memory and opens it.
+    fn sides(&mut self, table: Table) -> Result<(Reader<'_>, Writer<'_>), DeviceError> {
+        self.view
+            .write_slice(&table.finish(), GuestAddress(PRIVATE))
+            .map_err(DeviceError::Memory)?;
+        self.queue.set_next_avail(0);
+        let mut chains = self.queue.iter(&self.view).map_err(DeviceError::Queue)?;
+        let chain = chains
+            .next()
+            .ok_or(DeviceError::Protocol("private queue is empty"))?;
         let library = |error| DeviceError::Backend(io::Error::other(error));
         let reader = Reader::new(&self.view, chain.clone()).map_err(library)?;
         let writer = Writer::new(&self.view, chain).map_err(library)?;
@@ -118,36 +179,17 @@ impl Messages {
     }
 }
 
-/// Repeats a checked chain in private memory, with `copy` in place of its first bytes.
-fn rebuild<'a>(
-    view: &'a GuestMemoryMmap<Bitmap>,
-    queue: &mut Queue,
-    chain: &Chain,
-    copy: &[u8],
-) -> Result<DescriptorChain<&'a GuestMemoryMmap<Bitmap>>, DeviceError> {
-    let mut table = Table::default();
-    table.push(COPY, copy.len(), 0);
-    let rest = chain.readable_len() - copy.len();
-    for_each_part(chain.readable(), copy.len(), rest, |address, len| {
-        table.push(address, len, 0);
-        Ok(())
-    })?;
-    for segment in chain.writable() {
-        table.push(segment.address, segment.len as usize, VRING_DESC_F_WRITE);
-    }
-    view.write_slice(copy, GuestAddress(COPY))
-        .map_err(DeviceError::Memory)?;
-    view.write_slice(&table.finish(), GuestAddress(PRIVATE))
-        .map_err(DeviceError::Memory)?;
-    queue.set_next_avail(0);
-    let mut chains = queue.iter(view).map_err(DeviceError::Queue)?;
-    chains
-        .next()
-        .ok_or(DeviceError::Protocol("private queue is empty"))
+/// What a message asks for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Header {
+    /// Operation, `FUSE_…`.
+    pub(super) opcode: u32,
+    /// The file it is about.
+    pub(super) node: u64,
 }
 
-/// Refuses messages the library would panic or run out of memory on; the opcode of others.
-fn check(copy: &[u8; NAMED_COPY_SIZE], writable: usize) -> Result<u32, DeviceError> {
+/// Refuses messages the library would panic or run out of memory on.
+fn check(copy: &[u8; NAMED_COPY_SIZE], writable: usize) -> Result<Header, DeviceError> {
     let word = |at: usize| u32::from_le_bytes([copy[at], copy[at + 1], copy[at + 2], copy[at + 3]]);
     let opcode = word(4);
     if writable < OUT_HEADER_SIZE && !UNANSWERED.contains(&opcode) {
@@ -158,7 +200,8 @@ fn check(copy: &[u8; NAMED_COPY_SIZE], writable: usize) -> Result<u32, DeviceErr
             "FUSE request for too long an extended attribute",
         ));
     }
-    Ok(opcode)
+    let node = u64::from(word(16)) | u64::from(word(20)) << 32;
+    Ok(Header { opcode, node })
 }
 
 /// A descriptor table (virtio 1.2, 2.7.5) in which every descriptor is followed by the next.

@@ -10,11 +10,13 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{close, fchdir};
+use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 
 use super::message::Messages;
+use super::versions::{self, Version, Versions};
 use crate::virtio::DeviceError;
-use crate::virtio::queue::{DeviceQueue, DeviceQueueState};
+use crate::virtio::queue::{Chain, DeviceQueue, DeviceQueueState};
 use crate::virtio::worker::Work;
 
 /// Descriptors kept for everything else in this process.
@@ -28,10 +30,21 @@ const TABLE_SIZE: u64 = 4096;
 /// How long the guest takes names and attributes for granted. Others change volumes while the guest runs.
 const CACHE_TIME: Duration = Duration::from_secs(1);
 
+const FUSE_FORGET: u32 = 2;
+const FUSE_OPEN: u32 = 14;
+
+/// Bytes of a successful answer to `FUSE_OPEN`: header, file handle, flags, padding.
+const OPEN_ANSWER_SIZE: usize = 32;
+/// Offset of the flags in it.
+const OPEN_FLAGS_OFFSET: usize = 24;
+/// The guest's pages of the file stay valid.
+const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+
 /// The file server.
 pub(super) struct Server {
     server: virtiofsd::server::Server<PassthroughFs>,
     messages: Messages,
+    versions: Versions,
     queues: Vec<DeviceQueue>,
 }
 
@@ -56,26 +69,74 @@ impl Server {
         Ok(Self {
             server: virtiofsd::server::Server::new(fs),
             messages: Messages::new(memory).map_err(DeviceError::Backend)?,
+            versions: Versions::default(),
             queues,
         })
     }
+
+    /// Answers one message and returns the number of bytes written.
+    fn serve(&mut self, chain: &Chain) -> Result<u32, DeviceError> {
+        let (header, reader, writer) = self.messages.open(chain)?;
+        let written = handle(&self.server, reader, writer)?;
+        match header.opcode {
+            FUSE_OPEN if written == OPEN_ANSWER_SIZE => self.keep_cache(header.node, chain)?,
+            FUSE_FORGET => self.versions.forget(header.node),
+            _ => {}
+        }
+        Ok(u32::try_from(written).unwrap_or(u32::MAX))
+    }
+
+    /// Lets the guest keep the pages it has of a file it opens if the file is what it was at the last open.
+    /// The library's choice is to drop them at every open, with them those of a running program, or never.
+    fn keep_cache(&mut self, node: u64, chain: &Chain) -> Result<(), DeviceError> {
+        let Some(version) = self.version(node)? else {
+            return Ok(());
+        };
+        if self.versions.replace(node, version) {
+            let Some(queue) = self.queues.first() else {
+                return Ok(());
+            };
+            // With our configuration the library sets no other flag for a file.
+            chain.write_at(queue.memory(), OPEN_FLAGS_OFFSET, &FOPEN_KEEP_CACHE.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn version(&mut self, node: u64) -> Result<Option<Version>, DeviceError> {
+        let (reader, writer) = self
+            .messages
+            .open_own(&versions::getattr(node), versions::GETATTR_ANSWER_SIZE)?;
+        let written = handle(&self.server, reader, writer)?;
+        if written != versions::GETATTR_ANSWER_SIZE {
+            return Ok(None);
+        }
+        let mut answer = [0; versions::GETATTR_ANSWER_SIZE];
+        self.messages.read_own(&mut answer)?;
+        Ok(Some(Version::of(&answer)))
+    }
+}
+
+fn handle(
+    server: &virtiofsd::server::Server<PassthroughFs>,
+    reader: Reader<'_>,
+    writer: Writer<'_>,
+) -> Result<usize, DeviceError> {
+    server
+        .handle_message(reader, writer, None::<&mut ()>)
+        .map_err(|error| DeviceError::Backend(io::Error::other(error)))
 }
 
 impl Work for Server {
     fn process_queue(&mut self, index: usize, interrupted: &AtomicBool) -> Result<(), DeviceError> {
-        let Some(queue) = self.queues.get_mut(index) else {
-            return Ok(());
-        };
         while !interrupted.load(Ordering::Acquire) {
-            let Some(chain) = queue.pop()? else {
+            let Some(chain) = self.queues.get_mut(index).map_or(Ok(None), DeviceQueue::pop)? else {
                 break;
             };
-            let (reader, writer) = self.messages.open(&chain)?;
-            let written = self
-                .server
-                .handle_message(reader, writer, None::<&mut ()>)
-                .map_err(|error| DeviceError::Backend(io::Error::other(error)))?;
-            queue.add_used(chain, u32::try_from(written).unwrap_or(u32::MAX))?;
+            let written = self.serve(&chain)?;
+            let Some(queue) = self.queues.get_mut(index) else {
+                break;
+            };
+            queue.add_used(chain, written)?;
             // The guest waits for each answer by itself.
             queue.signal()?;
         }

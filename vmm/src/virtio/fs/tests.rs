@@ -186,6 +186,36 @@ fn a_file_is_looked_up_opened_and_read() {
 }
 
 #[test]
+fn pages_of_an_unchanged_file_are_kept() {
+    let mut guest = guest();
+    let path = guest.directory.as_path().join("file");
+    std::fs::write(&path, "one").unwrap();
+    guest.init();
+    let node = u64_at(&guest.lookup(ROOT, "file"), 0);
+    let mut keeps = || {
+        let answer = guest.ask(OPEN, node, &[0; 8]);
+        assert_eq!(answer.len(), 16);
+        u32_at(&answer, 8)
+    };
+    assert_eq!([keeps(), keeps(), keeps()], [0, 2, 2]);
+    // The same length: only the times tell. Their grain is that of the host's tick.
+    std::thread::sleep(Duration::from_millis(20));
+    std::fs::write(&path, "two").unwrap();
+    assert_eq!([keeps(), keeps()], [0, 2]);
+    // Times that were set back are told by the time of change.
+    std::thread::sleep(Duration::from_millis(20));
+    let before = path.metadata().unwrap().modified().unwrap();
+    std::fs::write(&path, "six").unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(before)
+        .unwrap();
+    assert_eq!([keeps(), keeps()], [0, 2]);
+}
+
+#[test]
 fn messages_may_be_cut_anywhere() {
     let mut guest = guest();
     guest.init();
