@@ -75,7 +75,7 @@ fn add(
     let remedy = if verdict == Verdict::Yes {
         ""
     } else {
-        "build with `cargo xtask artifacts` and install it, or name another file in the configuration (docs/configuration.md)"
+        "build and install it (docs/containerd.md), or name another file in the configuration (docs/configuration.md)"
     };
     report.add(GROUP, name, verdict, reason, remedy);
 }
