@@ -3,9 +3,11 @@
 mod cache;
 mod cargo;
 mod demo;
+mod here;
 mod host;
 mod image;
 mod kernel;
+mod kvm;
 mod packages;
 mod process;
 mod progress;

@@ -37,15 +37,6 @@ impl<W: Write> Archive<W> {
         }
     }
 
-    /// Adds a directory and those above it.
-    ///
-    /// # Errors
-    /// The archive cannot be written.
-    pub fn directory(&mut self, path: &str, mode: u32) -> Result<()> {
-        self.parents(path.as_bytes())?;
-        self.own_directory(path.as_bytes(), mode)
-    }
-
     /// Adds a file and the directories above it.
     ///
     /// # Errors
