@@ -469,11 +469,10 @@ impl Sandbox {
             vm.kill();
             let _ = tokio::time::timeout(SHUTDOWN_LIMIT, vm.ended()).await;
         }
-        let ids: Vec<String> = self.lock().containers.drain().map(|(id, _)| id).collect();
+        self.lock().containers.clear();
         if let Some(tree) = &self.0.tree {
-            for id in ids {
-                tree.remove(&id);
-            }
+            // What is left of the containers goes with it.
+            tree.unmount()?;
         }
         self.0.timeline.save(&self.0.id);
         // A process in the cgroup would keep it: this one goes back to where it came from.

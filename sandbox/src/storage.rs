@@ -145,6 +145,14 @@ impl SharedTree {
         &self.root
     }
 
+    /// Unmounts the tree with everything mounted in it.
+    ///
+    /// # Errors
+    /// [`MountError`].
+    pub fn unmount(&self) -> Result<(), MountError> {
+        host_mount::detach(&self.root)
+    }
+
     /// A container's folder.
     fn folder(&self, id: &str) -> Result<PathBuf, StorageError> {
         let mut parts = Path::new(id).components();

@@ -202,10 +202,12 @@ impl StreamTable {
                     .collect()
             };
             for port in lingering {
-                log::warn!(
-                    "a stream is still open {} s after its process's end: closing it",
-                    limit.as_secs()
-                );
+                if !limit.is_zero() {
+                    log::warn!(
+                        "a stream is still open {} s after its process's end: closing it",
+                        limit.as_secs()
+                    );
+                }
                 if let Err(error) = vm.ask(Request::VsockUnlisten { port }, Vec::new()).await {
                     log::warn!("{}", crate::error::chain(&error));
                 }
