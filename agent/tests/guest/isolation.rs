@@ -95,7 +95,7 @@ pub async fn seccomp_also_for_additional_processes(guest: &Guest) {
 
 pub async fn paths_limits_and_parameters(guest: &Guest) {
     let mut spec = script(
-        "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj; cat /proc/keys | wc -c; \
+        "ulimit -n; ulimit -Hn; cat /proc/self/oom_score_adj; cat /proc/uptime | wc -c; \
          (echo 1 > /proc/sys/kernel/panic) 2>/dev/null || echo read-only; cat /proc/sys/net/ipv4/ip_default_ttl; \
          touch /x 2>/dev/null || echo root read-only; echo $WHO; ls -d /data/sub; touch /data/y 2>/dev/null || echo data read-only",
     );

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod containers;
+mod disks;
 mod harness;
 mod isolation;
 mod processes;
@@ -25,6 +26,7 @@ macro_rules! tests {
 }
 
 const TESTS: &[Test] = tests![
+    disks::layers_and_volumes,
     containers::hello_refuses_another_version,
     containers::output_and_status,
     containers::ten_mebibytes_arrive_in_order,
