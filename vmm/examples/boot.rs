@@ -1,0 +1,112 @@
+//! Boots a VM without a sandbox and prints what becomes of it: a tool for working on the VMM.
+//!
+//! ```text
+//! cargo run --release -p bulkhead-vmm --example boot -- VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]
+//! ```
+//!
+//! A stream awaits the agent's connection, so a healthy guest shows `VsockConnected`. The VM ends after ten
+//! seconds if it does not before.
+
+use std::error::Error;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use bulkhead_protocol::control::{
+    Channel, Event, Fd, Request, RequestMessage, VERSION, VMM_SOCKET_FD, VmConfig, VmmMessage,
+};
+use bulkhead_protocol::ports;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [vmm, kernel, root, rest @ ..] = &arguments[..] else {
+        return Err("usage: boot VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]".into());
+    };
+    let number = |index: usize, default: u32| rest.get(index).map_or(Ok(default), |text| text.parse());
+    let memory_mib = number(0, 128)?;
+    let vcpus = number(1, 1)?.try_into()?;
+    let (ours, theirs) = Channel::pair()?;
+    let mut command = Command::new(vmm);
+    let fd = theirs.as_raw_fd();
+    // SAFETY: dup2 is async-signal-safe and needs no memory.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd, VMM_SOCKET_FD) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let mut child = command.spawn()?;
+    drop(theirs);
+
+    let (_agent, far_end) = UnixStream::pair()?;
+    let share = std::env::temp_dir().join(format!("bulkhead-boot-{}", std::process::id()));
+    std::fs::create_dir(&share)?;
+    let descriptors: [OwnedFd; 5] = [
+        File::options().read(true).write(true).open("/dev/kvm")?.into(),
+        File::open(kernel)?.into(),
+        File::open(root)?.into(),
+        far_end.into(),
+        File::open(&share)?.into(),
+    ];
+    std::fs::remove_dir(&share)?;
+    let config = VmConfig {
+        version: VERSION,
+        vcpus,
+        max_vcpus: vcpus,
+        memory_mib,
+        kvm: Fd(0),
+        kernel: Fd(1),
+        command_line: rest.get(2..).unwrap_or_default().join(" "),
+        root: Fd(2),
+        console: true,
+        disk_slots: 1,
+        disks: vec![],
+        nets: vec![],
+        share: Some(bulkhead_protocol::control::Share {
+            tag: "bulkhead".into(),
+            root: Fd(4),
+            proc_self_fd: None,
+        }),
+        vsock_listeners: vec![(ports::AGENT, Fd(3))],
+        balloon: true,
+    };
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    ours.send(
+        &RequestMessage {
+            id: 1,
+            request: Request::Boot(Box::new(config)),
+        },
+        &borrowed,
+    )?;
+    drop(descriptors);
+    std::thread::spawn({
+        let inspect = Channel::from(ours.as_fd().try_clone_to_owned()?);
+        move || {
+            std::thread::sleep(std::time::Duration::from_secs(10));
+            let _ = inspect.send(
+                &RequestMessage {
+                    id: 2,
+                    request: Request::Inspect,
+                },
+                &[],
+            );
+        }
+    });
+    while let Ok(received) = ours.receive::<VmmMessage>() {
+        match received.message {
+            VmmMessage::Event(Event::Exited(exit)) => println!("{}\n{}", exit.reason, exit.console),
+            VmmMessage::Reply {
+                id: 2,
+                result: Ok(bulkhead_protocol::control::Reply::Inspected(state)),
+            } => {
+                println!("{}\n{:?}", state.console, state.devices);
+                child.kill()?;
+            }
+            other => println!("{other:?}"),
+        }
+    }
+    println!("{}", child.wait()?);
+    Ok(())
+}
