@@ -95,6 +95,12 @@ impl Fs {
         self.paused.as_deref()
     }
 
+    fn stop(&mut self) {
+        if let Some(worker) = self.worker.take() {
+            worker.stop();
+        }
+    }
+
     fn start(&self, queues: Vec<DeviceQueue>) -> io::Result<Worker> {
         let root = self.root.try_clone()?;
         let proc_self_fd = self.proc_self_fd.as_ref().map(File::try_clone).transpose()?;
@@ -130,15 +136,15 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        // Stops the worker of a driver that did not reset the device.
-        self.worker = None;
+        // The worker of a driver that did not reset the device.
+        self.stop();
         let queues = DeviceQueue::from_activation(activation);
         self.worker = Some(self.start(queues).map_err(DeviceError::Backend)?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.stop();
         self.paused = None;
     }
 

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -21,6 +22,9 @@ use super::queue::DeviceQueueState;
 
 /// Stack of a worker in bytes; only what is touched takes memory.
 const STACK_SIZE: usize = 512 << 10;
+
+/// How long a worker that is dropped gets to finish its request.
+const STOP_TIME: Duration = Duration::from_secs(1);
 
 /// Epoll data of the eventfd that wakes the worker; queues have their index.
 const WAKE: u64 = u64::MAX;
@@ -38,7 +42,8 @@ pub trait Work {
     fn save_queues(&self) -> Vec<DeviceQueueState>;
 }
 
-/// Handle of a worker thread. Dropping it stops the worker and waits for it.
+/// Handle of a worker thread. Dropping it stops the worker and waits for it, but for a second at most:
+/// [`stop`](Self::stop) waits until it has ended.
 pub struct Worker {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -138,6 +143,15 @@ impl Worker {
         self.shared.want(Wanted::Run);
     }
 
+    /// Stops work between two requests and waits for the thread to end.
+    pub fn stop(mut self) {
+        self.shared.want(Wanted::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+
     /// Why the worker ended, if it failed and nobody asked before.
     pub fn take_failure(&self) -> Option<DeviceError> {
         self.shared.lock().failure.take()
@@ -147,7 +161,16 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.want(Wanted::Stop);
-        if let Some(thread) = self.thread.take() {
+        let control = self.shared.lock();
+        let wait = self
+            .shared
+            .changed
+            .wait_timeout_while(control, STOP_TIME, |control| !control.ended);
+        let (control, _) = wait.unwrap_or_else(PoisonError::into_inner);
+        let ended = control.ended;
+        drop(control);
+        // A request that hangs on the host must not keep the process from ending, which ends the thread too.
+        if ended && let Some(thread) = self.thread.take() {
             // A panic has been reported by the panic hook.
             let _ = thread.join();
         }

@@ -103,6 +103,36 @@ fn endless_work_is_paused_and_stopped() {
     drop(worker);
 }
 
+/// Hangs in its first request.
+struct Stuck(EventFd);
+
+impl Work for Stuck {
+    fn process_queue(&mut self, _index: usize, _interrupted: &AtomicBool) -> Result<(), DeviceError> {
+        self.0.write(1).unwrap();
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn save_queues(&self) -> Vec<DeviceQueueState> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn a_request_that_hangs_does_not_hold_up_the_end() {
+    let started = event();
+    let for_worker = started.try_clone().unwrap();
+    let worker = Worker::start("test", Arc::new(vec![event()]), event(), move || {
+        Ok(Stuck(for_worker))
+    })
+    .unwrap();
+    wait_until("start", || started.read().is_ok());
+    let start = Instant::now();
+    drop(worker);
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
 #[test]
 fn a_failure_is_reported_once_and_pausing_still_works() {
     let (worker, _kicks, failed, _) = counter(3);
