@@ -79,6 +79,7 @@ impl Guest {
             RING_FEATURES,
         );
         guest.vsock.activate(activation).unwrap();
+        guest.run();
         guest
     }
 

@@ -327,6 +327,7 @@ fn a_device_reset_ends_streams_and_keeps_registrations() {
     guest.vsock.listen(PORT + 1, far.into()).unwrap();
     guest.send_data(b"data");
     guest.vsock.reset();
+    assert!(guest.pending(), "there are events to collect");
     let failed = VsockEvent::ConnectResult {
         token: 5,
         result: Err(ConnectError::DeviceReset),
