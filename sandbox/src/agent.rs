@@ -97,6 +97,17 @@ impl Agent {
         Ok(hello)
     }
 
+    /// Names the guest and mounts the shared tree. Can be asked before the agent serves.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after `limit`, the agent's refusal, or the end of the VM.
+    pub async fn setup_sandbox(&self, request: &SetupSandboxRequest, limit: Duration) -> Result<(), Error> {
+        let setup = self.client.setup_sandbox(Context::default(), request);
+        self.call("guest kernel boot and sandbox setup", limit, setup)
+            .await
+            .map(drop)
+    }
+
     /// Subscribes to exits and out-of-memory kills.
     ///
     /// # Errors
@@ -111,8 +122,6 @@ impl Agent {
     }
 
     calls! {
-        /// Names the guest and mounts the shared tree.
-        setup_sandbox, "sandbox setup", SetupSandboxRequest => agent::SetupSandboxResponse;
         /// Sets up the guest's interfaces.
         configure_network, "network setup", ConfigureNetworkRequest => agent::ConfigureNetworkResponse;
         /// Creates a container.

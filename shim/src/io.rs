@@ -216,8 +216,9 @@ fn mark_first_output(fifo: OwnedFd, timeline: Timeline) -> Task {
         let Ok(receiver) = tokio::net::unix::pipe::Receiver::from_owned_fd(fifo) else {
             return;
         };
+        // Without bytes the readiness is only that of a closed pipe.
         if let Ok(ready) = receiver.ready(tokio::io::Interest::READABLE).await
-            && !ready.is_read_closed()
+            && !(ready & tokio::io::Ready::READABLE).is_empty()
         {
             timeline.mark("first_output");
         }

@@ -64,16 +64,17 @@ impl Sandbox {
         };
         self.mark_boot(&times);
 
-        let hello = agent.hello(limit).await?;
+        // Both wait in the stream for the agent: it takes them one after the other without a round trip.
+        let setup = self.setup_request();
+        let (hello, ()) = tokio::try_join!(agent.hello(limit), agent.setup_sandbox(&setup, limit))?;
         self.0
             .timeline
-            .mark_at("agent_main", times.running + hello.main_uptime_us);
+            .mark_at("agent_main", times.running.saturating_add(hello.main_uptime_us));
         self.0
             .timeline
-            .mark_at("agent_ready", times.running + hello.ready_uptime_us);
+            .mark_at("agent_ready", times.running.saturating_add(hello.ready_uptime_us));
         self.0.timeline.mark("agent_answered");
 
-        agent.setup_sandbox(&self.setup_request()).await?;
         let network = self
             .0
             .network
