@@ -116,7 +116,8 @@ mod tests {
             change(&mut config);
             validate(&config).map_err(|error| error.to_string())
         };
-        let cases: [(fn(&mut VmConfig), &str); 8] = [
+        type Case = (fn(&mut VmConfig), &'static str);
+        let cases: [Case; 8] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),

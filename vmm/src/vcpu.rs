@@ -215,10 +215,8 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit,
 /// Words for `KVM_EXIT_INTERNAL_ERROR` (Linux Documentation/virt/kvm/api.rst): what, where, on which bytes.
 fn internal_error(vcpu: &mut VcpuFd) -> ExitReason {
     // SAFETY: the exit reason says that this member of the union is the valid one.
-    let (suberror, data) = {
-        let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
-        (internal.suberror, internal.data)
-    };
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let (suberror, data) = (internal.suberror, internal.data);
     let what = match suberror {
         kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "instruction emulation failed",
         kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "exception during event delivery",

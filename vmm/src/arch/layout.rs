@@ -68,6 +68,11 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 
+// The boot data does not overlap.
+const _: () = assert!(IDT.0 >= GDT.0 + 4 * 8);
+const _: () = assert!(PAGE_DIRECTORY.0 + 0x1000 <= COMMAND_LINE.0);
+const _: () = assert!(COMMAND_LINE.0 + COMMAND_LINE_SIZE as u64 <= MP_TABLE.0);
+
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
@@ -114,12 +119,5 @@ mod tests {
         let end = HOLE_END + ranges[1].1 as u64;
         assert!(persistent_memory_start(8193) >= end);
         assert_eq!(persistent_memory_start(8193) % GIB, 0);
-    }
-
-    #[test]
-    fn legacy_areas_do_not_overlap() {
-        assert!(IDT.0 >= GDT.0 + 4 * 8);
-        assert!(COMMAND_LINE.0 + COMMAND_LINE_SIZE as u64 <= MP_TABLE.0);
-        assert!(PAGE_DIRECTORY.0 + 0x1000 <= COMMAND_LINE.0);
     }
 }
