@@ -29,6 +29,27 @@ impl Programs {
     }
 }
 
+/// Builds every program that is installed or put into the root image. One selection of packages for all purposes: cargo
+/// unites the features of what it builds together, and another selection would build the dependencies again.
+///
+/// # Errors
+/// As [`build`].
+pub fn programs(progress: &Progress) -> Result<Programs> {
+    build(
+        progress,
+        "programs",
+        &[
+            "build",
+            "--release",
+            "--bins",
+            "--package=containerd-shim-kata-v2",
+            "--package=bulkhead-vmm",
+            "--package=bulkhead",
+            "--package=bulkhead-agent",
+        ],
+    )
+}
+
 /// Runs `cargo` with `arguments` (of `build`, or `test --no-run`) and finds the executables it names.
 /// Cargo's messages go to the standard error.
 ///

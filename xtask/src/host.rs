@@ -118,19 +118,7 @@ impl Artifacts {
     /// # Errors
     /// A build fails.
     pub fn build(progress: &Progress) -> Result<Self> {
-        let programs = cargo::build(
-            progress,
-            "programs",
-            &[
-                "build",
-                "--release",
-                "--package=containerd-shim-kata-v2",
-                "--package=bulkhead-vmm",
-                "--package=bulkhead",
-                "--package=bulkhead-agent",
-                "--bins",
-            ],
-        )?;
+        let programs = cargo::programs(progress)?;
         Ok(Self {
             shim: programs.get("containerd-shim-kata-v2")?.to_owned(),
             vmm: programs.get("bulkhead-vmm")?.to_owned(),

@@ -1,5 +1,6 @@
 //! Build automation of Bulkhead: `cargo xtask --help`.
 
+mod bench;
 mod cache;
 mod cargo;
 mod demo;
@@ -42,6 +43,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run the unit, property and integration tests
     Test(test::Arguments),
+    /// Measure starts and memory beside the peers, in counted instructions
+    Bench(bench::Arguments),
 }
 
 fn run(command: &Command) -> Result<ExitCode> {
@@ -57,6 +60,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Host(arguments) => host::main(arguments),
         Command::Demo(arguments) => demo::main(arguments),
         Command::Test(arguments) => test::main(arguments),
+        Command::Bench(arguments) => bench::main(arguments),
     }
 }
 

@@ -25,11 +25,7 @@ const UUID: &str = "b0c4ead0-0000-4000-8000-000000000001";
 /// # Errors
 /// The agent or the image cannot be built.
 pub fn build(progress: &Progress) -> Result<PathBuf> {
-    let programs = cargo::build(
-        progress,
-        "agent",
-        &["build", "--release", "--package=bulkhead-agent"],
-    )?;
+    let programs = cargo::programs(progress)?;
     image(progress, programs.get("bulkhead-agent")?)
 }
 

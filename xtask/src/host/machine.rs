@@ -60,10 +60,16 @@ impl Machine {
         self.0.join("modules")
     }
 
+    /// QEMU with its libraries, as a tree to be laid over the root of a host of the same Debian release.
+    #[must_use]
+    pub fn qemu_tree(&self) -> PathBuf {
+        self.0.join("qemu")
+    }
+
     /// A command that starts QEMU and dies with its parent.
     #[must_use]
     pub fn qemu(&self) -> Command {
-        let root = self.0.join("qemu");
+        let root = self.qemu_tree();
         let libraries = format!("{0}/usr/lib/x86_64-linux-gnu:{0}/usr/lib", root.display());
         let mut command = Command::new("setpriv");
         command
