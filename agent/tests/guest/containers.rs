@@ -4,7 +4,8 @@ use bulkhead_protocol::agent as proto;
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::harness::{Guest, Outcome, context, message, script, spec};
+use crate::harness::{Guest, Outcome, context, message};
+use crate::specs::{script, spec};
 
 pub async fn hello_refuses_another_version(guest: &Guest) {
     let hello = async |version| {
@@ -22,6 +23,10 @@ pub async fn hello_refuses_another_version(guest: &Guest) {
     let answer = hello(proto::VERSION).await.unwrap();
     assert!(answer.ready_uptime_us >= answer.main_uptime_us && answer.main_uptime_us > 0);
     assert!(!answer.kernel_release.is_empty());
+    println!(
+        "        ready {} us after main",
+        answer.ready_uptime_us - answer.main_uptime_us
+    );
     let (code, text) = message(hello(99).await);
     assert_eq!(
         (code, text.as_str()),
@@ -280,7 +285,7 @@ pub async fn pause_and_resume(guest: &Guest) {
             .exec(
                 "c",
                 "e",
-                &crate::harness::process(&["true"]),
+                &crate::specs::process(&["true"]),
                 &proto::Streams::new(),
             )
             .await,
@@ -294,7 +299,7 @@ pub async fn pause_and_resume(guest: &Guest) {
     );
     guest.client().resume_container(context(), &resume).await.unwrap();
     let outcome = guest
-        .run_exec("c", "e", &crate::harness::process(&["echo", "awake"]))
+        .run_exec("c", "e", &crate::specs::process(&["echo", "awake"]))
         .await
         .unwrap();
     assert_eq!(outcome.stdout, "awake\n");

@@ -5,7 +5,8 @@
 use bulkhead_protocol::agent as proto;
 use serde_json::json;
 
-use crate::harness::{Guest, context, message, script};
+use crate::harness::{Guest, context, message};
+use crate::specs::script;
 
 fn filesystem(slot: u32, range: Option<(u64, u64)>, kind: &str) -> proto::Filesystem {
     let (offset, length) = range.unwrap_or_default();

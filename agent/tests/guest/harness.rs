@@ -22,7 +22,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use ttrpc::asynchronous::transport::Socket;
@@ -340,7 +340,7 @@ impl Guest {
 
     /// A container that sleeps.
     pub async fn sleeper(&self, id: &str) {
-        let spec = spec(&["sleep", "1000"]);
+        let spec = crate::specs::spec(&["sleep", "1000"]);
         self.create(id, &spec, &proto::Streams::new()).await.unwrap();
         self.start(id).await.unwrap();
     }
@@ -458,62 +458,4 @@ async fn finish(
         stdout,
         stderr,
     }
-}
-
-/// A process, with the capabilities container engines give.
-pub fn process(args: &[&str]) -> Value {
-    let capabilities = [
-        "CAP_CHOWN",
-        "CAP_DAC_OVERRIDE",
-        "CAP_FSETID",
-        "CAP_FOWNER",
-        "CAP_MKNOD",
-        "CAP_NET_RAW",
-        "CAP_SETGID",
-        "CAP_SETUID",
-        "CAP_SETFCAP",
-        "CAP_SETPCAP",
-        "CAP_NET_BIND_SERVICE",
-        "CAP_SYS_CHROOT",
-        "CAP_KILL",
-        "CAP_AUDIT_WRITE",
-    ];
-    json!({
-        "user": {"uid": 0, "gid": 0},
-        "args": args,
-        "env": ["PATH=/bin", "WHO=test"],
-        "cwd": "/",
-        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1234, "soft": 1024}],
-    })
-}
-
-/// A specification as containerd writes it.
-pub fn spec(args: &[&str]) -> Value {
-    json!({
-        "ociVersion": "1.1.0",
-        "process": process(args),
-        "root": {"path": "rootfs"},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
-            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
-            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
-        ],
-        "linux": {
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "cgroupsPath": "/default/x",
-            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
-            "maskedPaths": ["/proc/kcore", "/proc/uptime", "/proc/scsi"],
-            "readonlyPaths": ["/proc/bus", "/proc/sys"],
-        }
-    })
-}
-
-/// A shell script as a container.
-pub fn script(text: &str) -> Value {
-    spec(&["sh", "-c", text])
 }

@@ -1,7 +1,8 @@
 use bulkhead_protocol::agent as proto;
 use serde_json::{Value, json};
 
-use crate::harness::{Guest, Outcome, process, script, spec};
+use crate::harness::{Guest, Outcome};
+use crate::specs::{process, script, spec};
 
 async fn output(guest: &Guest, spec: &Value) -> String {
     let Outcome {

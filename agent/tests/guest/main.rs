@@ -8,6 +8,7 @@ mod disks;
 mod harness;
 mod isolation;
 mod processes;
+mod specs;
 
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;

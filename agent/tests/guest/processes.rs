@@ -4,7 +4,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use ttrpc::Code;
 
-use crate::harness::{Guest, Outcome, context, message, process, script, spec, within};
+use crate::harness::{Guest, Outcome, context, message, within};
+use crate::specs::{process, script, spec};
 
 pub async fn signals(guest: &Guest) {
     guest.sleeper("c").await;
@@ -80,7 +81,7 @@ pub async fn exec_sees_the_container(guest: &Guest) {
         .exec(
             "c",
             "s",
-            &crate::harness::process(&["sleep", "1000"]),
+            &crate::specs::process(&["sleep", "1000"]),
             &proto::Streams::new(),
         )
         .await
@@ -101,7 +102,7 @@ pub async fn exec_sees_the_container(guest: &Guest) {
             .exec(
                 "c",
                 "s",
-                &crate::harness::process(&["true"]),
+                &crate::specs::process(&["true"]),
                 &proto::Streams::new(),
             )
             .await,
@@ -110,7 +111,7 @@ pub async fn exec_sees_the_container(guest: &Guest) {
     // The id is free again after the exit.
     assert_eq!(
         guest
-            .run_exec("c", "e", &crate::harness::process(&["echo", "again"]))
+            .run_exec("c", "e", &crate::specs::process(&["echo", "again"]))
             .await
             .unwrap()
             .stdout,
