@@ -141,12 +141,32 @@ impl Fixture {
         let _ = self.ctr(&["containers", "rm", id]).text();
     }
 
+    /// Deletes a task that has ended.
+    ///
+    /// # Panics
+    /// If it has not, or not with this exit code.
+    #[track_caller]
+    pub fn delete(&self, id: &str, code: u32) {
+        // ctr itself exits with 0 and says what the task's exit code was, if it was another one.
+        let done = self.ctr(&["tasks", "delete", id]).expect_code(0);
+        let said = String::from_utf8_lossy(&done.stderr);
+        let expected = format!("exit with non-zero exit code {code}\"");
+        assert!(
+            if code == 0 {
+                said.is_empty()
+            } else {
+                said.contains(&expected)
+            },
+            "{done}"
+        );
+    }
+
     /// Kills a detached container and removes it.
     #[track_caller]
     pub fn kill_and_remove(&self, id: &str) {
         let _ = self.ctr(&["tasks", "kill", "-s", "SIGKILL", id]).text();
         self.wait_status(id, "STOPPED");
-        let _ = self.ctr(&["tasks", "delete", id]);
+        self.delete(id, 137);
         self.remove(id);
     }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::fixture::wait_until;
+use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::{Session, config, host};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -36,40 +37,39 @@ fn exit_after(events: &Session, id: &str, killed: Instant) -> (Duration, u64) {
 fn the_vmm_is_killed_and_containerd_hears_the_exit_within_a_second() {
     let test = fixture("kill-vmm");
     let events = follow(&test);
-    let run = test.busybox("a", &["sh", "-c", "echo up; sleep 1000"]);
-    let session = run.start();
-    session.wait_for("up");
+    let id = test.busybox("a", &["sleep", "1000"]).detach();
     let exec = test
         .containerd
-        .ctr(&["tasks", "exec", "--exec-id", "second", &run.id, "sleep", "1000"]);
-    let exec = Session::start(exec, config().seconds(60));
+        .ctr(&["tasks", "exec", "--exec-id", "second", &id, "sleep", "1000"]);
+    let exec = Session::start(exec, config().seconds(30));
     assert!(
-        wait_until(config().seconds(10), || of_task(&events, &run.id).len() >= 4),
+        wait_until(config().seconds(10), || of_task(&events, &id).len() >= 4),
         "{events}"
     );
-    let (shim, _) = test.task(&run.id).unwrap();
+    let (shim, _) = test.task(&id).unwrap();
     let vmms = host::vmms_of(shim);
     assert_eq!(vmms.len(), 1);
 
     let killed = kill_hard(vmms[0]);
-    let (after, status) = exit_after(&events, &run.id, killed);
+    let (after, status) = exit_after(&events, &id, killed);
     assert_eq!(status, 137, "{events}");
     assert!(
         after <= config().seconds(1),
         "the exit event came after {after:?}"
     );
     // The second process has ended as well, and its exit was told before the first one's.
-    let exits: Vec<_> = of_task(&events, &run.id)
+    let exits: Vec<_> = of_task(&events, &id)
         .into_iter()
         .filter(|(topic, _)| topic == "/tasks/exit")
         .collect();
     assert_eq!(
         exits.iter().map(|(_, event)| &event["id"]).collect::<Vec<_>>(),
-        ["second", &run.id],
+        ["second", &id],
         "{events}"
     );
     let _ = exec.finish().expect_code(137);
-    let _ = session.finish().expect_code(137);
+    test.delete(&id, 137);
+    test.remove(&id);
     drop(events);
 }
 
@@ -80,19 +80,14 @@ fn a_guest_that_panics_ends_its_container() {
         config().is_vm(),
         "with this runtime the machine itself would panic"
     );
-    let run = test.busybox(
-        "a",
-        &[
-            "sh",
-            "-c",
-            "echo up; sleep 0.2; echo c > /proc/sysrq-trigger; sleep 1000",
-        ],
-    );
-    let session = run
-        .with(&["--privileged", "--privileged-without-host-devices"])
-        .start();
-    session.wait_for("up");
-    let _ = session.finish().expect_code(137);
+    // The guest's kernel has no way to panic on request; it may be told to when memory runs out.
+    let script = "echo 2 > /proc/sys/vm/panic_on_oom && exec /probe allocate 100000";
+    let run = test.run("a", PROBE_IMAGE, &["sh", "-c", script]);
+    let privileged = run.with(&["--privileged", "--privileged-without-host-devices"]);
+    let done = privileged.finish().expect_code(137);
+    assert!(String::from_utf8_lossy(&done.stdout).contains("16 MiB"), "{done}");
+    let logs = test.logs();
+    assert!(logs.contains("panic"), "nobody says why: {logs}");
 }
 
 #[test]

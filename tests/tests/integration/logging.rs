@@ -19,7 +19,7 @@ fn output_goes_to_a_file() {
         .with(&["--log-uri", &uri])
         .detach();
     test.wait_status(&id, "STOPPED");
-    let _ = test.ctr(&["tasks", "delete", &id]).expect_code(0);
+    test.delete(&id, 0);
     let text = fs::read_to_string(&log).unwrap();
     let mut lines: Vec<_> = text.lines().collect();
     assert_eq!(lines.last(), Some(&"three"));
@@ -40,7 +40,7 @@ fn output_goes_to_a_program() {
         .with(&["--log-uri", &uri])
         .detach();
     test.wait_status(&id, "STOPPED");
-    let _ = test.ctr(&["tasks", "delete", &id]).expect_code(0);
+    test.delete(&id, 0);
     let expected = format!("bulkhead-tests {id}\nout:one\nthree\nerr:two\n");
     let written = || fs::read_to_string(&log).unwrap();
     assert!(

@@ -173,7 +173,7 @@ fn errors_have_the_right_code() {
         .ctr(&["tasks", "kill", &id])
         .expect_error(&["not found", "already finished"]);
     let _ = exec("late").expect_error(&["precondition", "not running", "stopped", "not found"]);
-    let _ = test.ctr(&["tasks", "delete", &id]).expect_code(3);
+    test.delete(&id, 3);
     let _ = test.ctr(&["tasks", "kill", &id]).expect_error(&["not found"]);
     test.remove(&id);
 }
