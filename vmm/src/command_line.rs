@@ -21,6 +21,8 @@ pub fn build(console: bool, vcpus: u8, max_vcpus: u8, slots: &[Slot], extra: &st
         "rootfstype=erofs",
         "rootflags=dax=always",
         "ro",
+        // The kernel's driver would make an interface that nobody has asked for.
+        "dummy.numdummies=0",
     ]
     .map(String::from)
     .to_vec();
