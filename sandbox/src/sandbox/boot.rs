@@ -21,6 +21,8 @@ impl Sandbox {
             Ok(guest) => Boot::Ready(guest),
             Err(error) => {
                 log::error!("sandbox {} did not start: {}", self.0.id, chain(&error));
+                // The end that follows is no news.
+                self.0.stopping.store(true, Ordering::Relaxed);
                 if let Some(vm) = self.vm_now() {
                     vm.kill();
                 }
