@@ -135,6 +135,22 @@ impl Fixture {
         rootfs
     }
 
+    /// Writes this host's configuration of the runtime with some keys changed, for `--runtime-config-path`.
+    ///
+    /// # Panics
+    /// If the host's configuration is not JSON.
+    #[must_use]
+    pub fn configuration(&self, changes: &[(&str, Value)]) -> String {
+        let current = fs::read("/etc/bulkhead/config.json").unwrap_or_else(|_| b"{}".to_vec());
+        let mut configuration: Value = serde_json::from_slice(&current).expect("a configuration");
+        for (key, value) in changes {
+            configuration[key] = value.clone();
+        }
+        let file = self.work.join("config.json");
+        fs::write(&file, configuration.to_string()).expect("a file");
+        file.display().to_string()
+    }
+
     /// Removes a container that was not run with `--rm`, and its snapshot.
     #[track_caller]
     pub fn remove(&self, id: &str) {

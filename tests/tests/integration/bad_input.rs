@@ -6,20 +6,10 @@ use std::process::Command;
 
 use bulkhead_tests::fixture::wait_until;
 use bulkhead_tests::leak::Snapshot;
-use bulkhead_tests::{Fixture, Run, Session, config, host};
+use bulkhead_tests::{Run, Session, config, host};
 use serde_json::{Value, json};
 
 use crate::fixture;
-
-/// Writes this host's configuration of the runtime with one key changed.
-fn configuration(test: &Fixture, key: &str, value: Value) -> PathBuf {
-    let current = fs::read("/etc/bulkhead/config.json").unwrap_or_else(|_| b"{}".to_vec());
-    let mut changed: Value = serde_json::from_slice(&current).unwrap();
-    changed[key] = value;
-    let file = test.work.join("config.json");
-    fs::write(&file, changed.to_string()).unwrap();
-    file
-}
 
 /// Checks that a run fails with one line that names the cause, before the clean-up check of the fixture.
 fn refused(run: &Run<'_>, reasons: &[&str]) {
@@ -72,16 +62,16 @@ fn a_kernel_that_is_not_elf() {
     let test = fixture("bad-kernel");
     let kernel = test.work.join("not-elf");
     fs::write(&kernel, "this is no kernel\n".repeat(100)).unwrap();
-    let file = configuration(&test, "kernel", json!(kernel));
+    let file = test.configuration(&[("kernel", json!(kernel))]);
     let run = test
         .busybox("a", &["true"])
-        .with(&["--runtime-config-path", file.to_str().unwrap()]);
+        .with(&["--runtime-config-path", &file]);
     refused(&run, &["elf"]);
 
-    let file = configuration(&test, "kernel", json!("/no/such/kernel"));
+    let file = test.configuration(&[("kernel", json!("/no/such/kernel"))]);
     let run = test
         .busybox("b", &["true"])
-        .with(&["--runtime-config-path", file.to_str().unwrap()]);
+        .with(&["--runtime-config-path", &file]);
     refused(&run, &["/no/such/kernel"]);
 }
 
@@ -89,10 +79,10 @@ fn a_kernel_that_is_not_elf() {
 fn sizes_out_of_range() {
     let test = fixture("bad-size");
     for (name, key, value) in [("a", "vcpus", 0), ("b", "memory_mib", 32)] {
-        let file = configuration(&test, key, json!(value));
+        let file = test.configuration(&[(key, json!(value))]);
         let run = test
             .busybox(name, &["true"])
-            .with(&["--runtime-config-path", file.to_str().unwrap()]);
+            .with(&["--runtime-config-path", &file]);
         refused(&run, &[key]);
     }
     for (name, key, value) in [
@@ -111,12 +101,11 @@ fn sizes_out_of_range() {
 #[test]
 fn a_configuration_file_that_is_wrong() {
     let test = fixture("bad-config");
-    let file = configuration(&test, "no_such_key", json!(1));
-    let path = file.to_str().unwrap();
+    let file = test.configuration(&[("no_such_key", json!(1))]);
     refused(
         &test
             .busybox("a", &["true"])
-            .with(&["--runtime-config-path", path]),
+            .with(&["--runtime-config-path", &file]),
         &["no_such_key"],
     );
     refused(
