@@ -50,6 +50,27 @@ pub fn programs(progress: &Progress) -> Result<Programs> {
     )
 }
 
+/// The programs as they were built last, whatever has changed since.
+///
+/// # Errors
+/// There is no directory of release builds.
+pub fn built() -> Result<Programs> {
+    let own = std::env::current_exe().context("cannot find this program")?;
+    // target/TRIPLE/PROFILE/xtask
+    let release = own
+        .ancestors()
+        .nth(2)
+        .context("this program is in no target directory")?
+        .join("release");
+    let files = std::fs::read_dir(&release).with_context(|| format!("cannot read {}", release.display()))?;
+    Ok(Programs(
+        files
+            .filter_map(|file| file.ok())
+            .map(|file| (file.file_name().to_string_lossy().into_owned(), file.path()))
+            .collect(),
+    ))
+}
+
 /// Runs `cargo` with `arguments` (of `build`, or `test --no-run`) and finds the executables it names.
 /// Cargo's messages go to the standard error.
 ///

@@ -86,6 +86,9 @@ pub struct Arguments {
     /// Variable of the command's environment (repeatable)
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
+    /// Install the programs as they were built last
+    #[arg(long)]
+    no_build: bool,
     /// Do not build or install Bulkhead: the bare host
     #[arg(long)]
     bare: bool,
@@ -118,7 +121,14 @@ impl Artifacts {
     /// # Errors
     /// A build fails.
     pub fn build(progress: &Progress) -> Result<Self> {
-        let programs = cargo::programs(progress)?;
+        Self::of(progress, &cargo::programs(progress)?)
+    }
+
+    /// With these programs.
+    ///
+    /// # Errors
+    /// One is missing, or the kernel or the image cannot be built.
+    pub fn of(progress: &Progress, programs: &cargo::Programs) -> Result<Self> {
         Ok(Self {
             shim: programs.get("containerd-shim-kata-v2")?.to_owned(),
             vmm: programs.get("bulkhead-vmm")?.to_owned(),
@@ -181,7 +191,11 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         None
     } else {
         progress.extend(ARTIFACT_STEPS);
-        Some(Artifacts::build(&progress)?)
+        Some(if arguments.no_build {
+            Artifacts::of(&progress, &cargo::built()?)?
+        } else {
+            Artifacts::build(&progress)?
+        })
     };
     let host = Host::build(&progress)?;
     let mut run = Run::new(arguments.command.clone());
