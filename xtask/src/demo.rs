@@ -10,6 +10,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::cache;
+use crate::cargo;
 use crate::here;
 use crate::host::{ARTIFACT_STEPS, Artifacts, Base, Containerd, HOST_STEPS, Host, Outcome, Run};
 use crate::image;
@@ -46,6 +47,9 @@ pub struct Arguments {
     /// Archive of an image (OCI layout or `docker save`) to run instead of busybox
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
+    /// Run the programs as they were built last
+    #[arg(long)]
+    no_build: bool,
 }
 
 /// Runs the demo. The result is the container's exit code.
@@ -57,7 +61,11 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         ensure!(image.is_file(), "{} is not a file", image.display());
     }
     let progress = Progress::new(ARTIFACT_STEPS + HOST_STEPS);
-    let artifacts = Artifacts::build(&progress)?;
+    let artifacts = if arguments.no_build {
+        Artifacts::of(&progress, &cargo::built()?)?
+    } else {
+        Artifacts::build(&progress)?
+    };
     let place = kvm::choose(&artifacts.cli)?;
     let out = cache::directory("demo")?.join(std::process::id().to_string());
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
