@@ -7,8 +7,8 @@ mod devices;
 mod resources;
 mod stats;
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -157,7 +157,7 @@ impl Cgroup {
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         for setting in settings(resources)? {
             let path = self.path.join(&setting.file);
-            if let Err(source) = fs::write(&path, &setting.value) {
+            if let Err(source) = write_existing(&path, &setting.value) {
                 if setting.optional && matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) {
                     log::info!("{} is not available in the guest and ignored", setting.file);
                     continue;
@@ -357,7 +357,15 @@ fn make_dir(path: &Path) -> Result<(), CgroupError> {
 }
 
 fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
-    fs::write(path, value).map_err(CgroupError::io("write", path))
+    write_existing(path, value).map_err(CgroupError::io("write", path))
+}
+
+/// Without creating: the hierarchy would refuse that with `EACCES`, which hides that the file does not exist.
+fn write_existing(path: &Path, value: &str) -> io::Result<()> {
+    File::options()
+        .write(true)
+        .open(path)?
+        .write_all(value.as_bytes())
 }
 
 fn read(path: &Path) -> Result<String, CgroupError> {

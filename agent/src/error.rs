@@ -145,7 +145,7 @@ impl Error {
             Self::ContainerExists(_) | Self::ProcessExists(..) => Code::ALREADY_EXISTS,
             Self::Create { source, .. } | Self::Exec { source, .. } => source.code(),
             Self::Start { .. } => Code::INVALID_ARGUMENT,
-            Self::Job(error) if error.is_program() => Code::INVALID_ARGUMENT,
+            Self::Job(error) if error.is_refused() => Code::INVALID_ARGUMENT,
             Self::Cgroup(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Network(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Job(_)

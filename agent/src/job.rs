@@ -31,9 +31,9 @@ pub enum JobError {
     /// The helper reported an error.
     #[error("{0}")]
     Failed(String),
-    /// The program of a container cannot be executed.
+    /// What was asked for cannot be had: a program that is not there, a limit the kernel does not take.
     #[error("{0}")]
-    Program(String),
+    Refused(String),
     /// The helper ended without a report.
     #[error("helper process for {job} ended with status {status}")]
     Died {
@@ -53,9 +53,9 @@ pub enum JobError {
 }
 
 impl JobError {
-    /// Whether the cause is a program that does not exist or cannot be executed.
-    pub fn is_program(&self) -> bool {
-        matches!(self, Self::Program(_))
+    /// Whether the host's request is to blame.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Refused(_))
     }
 }
 

@@ -6,7 +6,7 @@ use bulkhead_protocol::agent as proto;
 use nix::sys::signal::{Signal, kill};
 use oci_spec::runtime::LinuxResources;
 
-use super::create::REMOVE_LIMIT;
+use super::create::{REMOVE_LIMIT, refusal};
 use super::{Container, Containers, Status};
 use crate::cgroup::Stats;
 use crate::error::{Error, chain};
@@ -32,8 +32,8 @@ impl Containers {
             "created or running",
         )?;
         let cgroup = container.cgroup.clone();
-        let mut job = Job::spawn(&self.reaper, "update of the limits", &[], move |_| {
-            cgroup.apply(&resources).map_err(|error| chain(&error))
+        let mut job = Job::spawn(&self.reaper, "update of the limits", &[], move |status| {
+            cgroup.apply(&resources).map_err(|error| refusal(&error, status))
         })?;
         job.finish(REMOVE_LIMIT).await?;
         Ok(())

@@ -19,7 +19,7 @@ use tokio::task::AbortHandle;
 use super::executor::ProgramExecutor;
 use super::spec::{Adapted, DeviceNode, Guest, adapt, valid_id};
 use super::{Container, Containers, Status};
-use crate::cgroup::{Cgroup, DeviceRules, Watch, attach_device_filter};
+use crate::cgroup::{Cgroup, CgroupError, DeviceRules, Watch, attach_device_filter};
 use crate::error::{Error, chain};
 use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
@@ -123,7 +123,7 @@ impl Containers {
         let (terminal, copies) = match console {
             None => (None, stdio.copies),
             Some(console) => {
-                let (terminal, copies) = console.finish().await?;
+                let (terminal, copies) = console.finish(CONSOLE_LIMIT).await?;
                 (Some(terminal), Some(copies))
             }
         };
@@ -252,13 +252,14 @@ impl Setup<'_> {
         cgroup
             .create()
             .and_then(|()| cgroup.apply(self.resources))
-            .map_err(|error| chain(&error))?;
+            .map_err(|error| refusal(&error, status))?;
         if let Some(rules) = self.devices {
             attach_device_filter(cgroup.path(), rules).map_err(|error| chain(&error))?;
         }
         self.container.plan.mount().map_err(|error| chain(&error))?;
         let executor = ProgramExecutor {
             status: status.number(),
+            gate: None,
             confinement: None,
         };
         let builder = with_streams(
@@ -282,6 +283,15 @@ impl Setup<'_> {
         status.send(&Report::Pid(pid.as_raw().unsigned_abs()));
         Ok(())
     }
+}
+
+/// The text of an error, reported as the host's mistake if it is.
+pub(super) fn refusal(error: &CgroupError, status: &StatusPipe) -> String {
+    let text = chain(error);
+    if error.is_argument() {
+        status.send(&Report::Refused(text.clone()));
+    }
+    text
 }
 
 pub(super) fn state_root(directory: &Path) -> PathBuf {
@@ -356,13 +366,13 @@ impl Console {
     }
 
     /// Receives the terminal and joins the host's streams to it.
-    pub(super) async fn finish(mut self) -> Result<(AsyncFile, streams::Copies), Error> {
+    pub(super) async fn finish(mut self, limit: Duration) -> Result<(AsyncFile, streams::Copies), Error> {
         let fail = |source| Error::Streams(StreamError::Terminal(source));
         let receive = async {
             let (connection, _) = self.listener.accept().await.map_err(fail)?;
             streams::receive_master(&connection).await.map_err(Error::Streams)
         };
-        let master = match tokio::time::timeout(CONSOLE_LIMIT, receive).await {
+        let master = match tokio::time::timeout(limit, receive).await {
             Ok(master) => master?,
             Err(_) => return Err(fail(nix::errno::Errno::ETIMEDOUT.into())),
         };

@@ -25,6 +25,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 pub struct ProgramExecutor {
     /// Write end of the status pipe.
     pub status: RawFd,
+    /// Read end of a pipe whose end of file lets the program run.
+    pub gate: Option<RawFd>,
     /// What is left to confine in an additional process.
     pub confinement: Option<Confinement>,
 }
@@ -42,17 +44,20 @@ pub struct Confinement {
 impl Executor for ProgramExecutor {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         find(spec).map(drop).map_err(|reason| {
-            send_to(self.status, &Report::Program(reason.clone()));
+            send_to(self.status, &Report::Refused(reason.clone()));
             ExecutorValidationError::ArgValidationError(reason)
         })
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if let Some(gate) = self.gate {
+            wait_for_end(gate);
+        }
         let reason = match find(spec) {
             Ok(program) => self.confine().unwrap_or_else(|| execute(&program, spec)),
             Err(reason) => reason,
         };
-        send_to(self.status, &Report::Program(reason.clone()));
+        send_to(self.status, &Report::Refused(reason.clone()));
         Err(ExecutorError::Other(reason))
     }
 }
@@ -73,6 +78,11 @@ impl ProgramExecutor {
             .err()
             .map(|error| format!("cannot drop capabilities: {}", crate::error::chain(&error)))
     }
+}
+
+/// Returns at the end of a pipe nobody writes to.
+fn wait_for_end(pipe: RawFd) {
+    while nix::unistd::read(pipe, &mut [0]) == Err(Errno::EINTR) {}
 }
 
 /// The program's file, or the reason in the words users know from other runtimes.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent as proto;
 use libcontainer::oci_spec::runtime::Capability;
-use nix::unistd::Pid;
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe2};
 use oci_spec::runtime::{Process as ProcessSpec, Spec};
 
 use super::create::{builder, keep, reported_pid, state_root, with_streams};
@@ -110,27 +112,51 @@ impl Containers {
         let keep = program.as_ref().map(keep).unwrap_or_default();
         let console_path = console.as_ref().map(|console| console.path.clone());
         let _birth = self.reaper.birth();
+        // A terminal is made by the process itself; the program must not see it before the agent has prepared it.
+        let gate = match &console {
+            None => None,
+            Some(_) => Some(pipe2(OFlag::O_CLOEXEC).map_err(Error::io("cannot make a pipe"))?),
+        };
+        let (wait, go) = gate.unzip();
+        let keep: Vec<i32> = keep
+            .into_iter()
+            .chain(wait.as_ref().map(AsRawFd::as_raw_fd))
+            .collect();
         let helper = Helper {
             container,
             exec,
             process,
             sub_cgroup,
+            gate: wait,
         };
         let mut job = Job::spawn(&self.reaper, "start of the process", &keep, move |status| {
             helper.run(program, console_path, status)
         })?;
-        // The terminal is taken as soon as it is there: the program runs before the helper is done.
         let finish = job.finish(START_LIMIT);
         let (reports, terminal) = match console {
             None => (finish.await, None),
-            Some(console) => with_terminal(finish, console.finish()).await,
+            Some(console) => {
+                let prepare = async {
+                    let terminal = console.finish(START_LIMIT).await;
+                    drop(go);
+                    terminal
+                };
+                with_terminal(finish, prepare).await
+            }
         };
-        // A terminal that is lost takes the process along: its error is the cause.
+        let pid = reports.and_then(|reports| reported_pid(&reports));
         let (terminal, copies) = match terminal {
             None => (None, stdio.copies),
-            Some(terminal) => terminal.map(|(terminal, copies)| (Some(terminal), Some(copies)))?,
+            Some(Ok((terminal, copies))) => (Some(terminal), Some(copies)),
+            Some(Err(error)) => {
+                // Without its terminal the process is of no use, and nobody has heard of it yet.
+                if let Ok(pid) = pid {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+                return Err(error);
+            }
         };
-        let pid = reported_pid(&reports?)?;
+        let pid = pid?;
         if let Some(process) = container.state().execs.get_mut(exec) {
             process.terminal = terminal;
             process.copies = copies;
@@ -212,6 +238,8 @@ struct Helper<'a> {
     exec: &'a str,
     process: ProcessSpec,
     sub_cgroup: Option<String>,
+    /// Closed by the agent when the program may run.
+    gate: Option<OwnedFd>,
 }
 
 impl Helper<'_> {
@@ -231,8 +259,10 @@ impl Helper<'_> {
         let file = directory.join(format!("exec-{}.json", self.exec));
         let text = serde_json::to_vec(&self.process).map_err(|error| error.to_string())?;
         fs::write(&file, text).map_err(|error| error.to_string())?;
+        let gate = self.gate.as_ref().map(AsRawFd::as_raw_fd);
         let executor = ProgramExecutor {
             status: status.number(),
+            gate,
             confinement,
         };
         let made = with_streams(builder(&self.container.id, &state_root(directory))?, program)

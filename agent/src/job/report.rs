@@ -22,14 +22,14 @@ pub enum Report {
     Failed(String),
     /// libcontainer's own account of an error, innermost first.
     Detail(String),
-    /// The container's program cannot be executed.
-    Program(String),
+    /// What was asked for cannot be had.
+    Refused(String),
 }
 
 const PID: u8 = b'p';
 const FAILED: u8 = b'f';
 const DETAIL: u8 = b'd';
-const PROGRAM: u8 = b'x';
+const REFUSED: u8 = b'x';
 
 /// The write end of the status pipe.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ fn encode(report: &Report) -> Vec<u8> {
         }
         Report::Failed(text) => (FAILED, text),
         Report::Detail(text) => (DETAIL, text),
-        Report::Program(text) => (PROGRAM, text),
+        Report::Refused(text) => (REFUSED, text),
     };
     let bytes = &text.as_bytes()[..text.len().min(MAX_TEXT)];
     let mut record = vec![kind];
@@ -94,21 +94,21 @@ pub(super) fn parse(mut data: &[u8]) -> Vec<Report> {
             },
             FAILED => Report::Failed(text),
             DETAIL => Report::Detail(text),
-            PROGRAM => Report::Program(text),
+            REFUSED => Report::Refused(text),
             _ => break,
         });
     }
     reports
 }
 
-/// The error the reports amount to: the program's own if there is one, else the failure with libcontainer's
+/// The error the reports amount to: a refusal if there is one, else the failure with libcontainer's
 /// innermost detail, which its error values often lack.
 pub(super) fn failure(reports: &[Report]) -> Option<JobError> {
     let mut failed = None;
     let mut detail = None;
     for report in reports {
         match report {
-            Report::Program(text) => return Some(JobError::Program(text.clone())),
+            Report::Refused(text) => return Some(JobError::Refused(text.clone())),
             Report::Failed(text) => failed = failed.or(Some(text)),
             Report::Detail(text) => detail = detail.or(Some(text)),
             Report::Pid(_) => (),
@@ -197,7 +197,7 @@ mod tests {
             any::<u32>().prop_map(Report::Pid),
             ".{0,80}".prop_map(Report::Failed),
             ".{0,80}".prop_map(Report::Detail),
-            ".{0,80}".prop_map(Report::Program),
+            ".{0,80}".prop_map(Report::Refused),
         ]
     }
 
@@ -220,14 +220,14 @@ mod tests {
     }
 
     #[test]
-    fn program_error_stands_alone() {
+    fn a_refusal_stands_alone() {
         let reports = [
             Report::Detail("deep".into()),
-            Report::Program("exec: \"x\": not found".into()),
+            Report::Refused("exec: \"x\": not found".into()),
             Report::Failed("outer".into()),
         ];
         let error = failure(&reports);
-        assert!(matches!(error, Some(JobError::Program(text)) if text == "exec: \"x\": not found"));
+        assert!(matches!(error, Some(JobError::Refused(text)) if text == "exec: \"x\": not found"));
     }
 
     #[test]

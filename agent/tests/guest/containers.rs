@@ -134,8 +134,8 @@ pub async fn failed_creations_leave_nothing(guest: &Guest) {
         ),
         (
             with("/linux/resources/unified", json!({"nosuch.max": "1"})),
-            Code::INTERNAL,
-            "nosuch.max",
+            Code::INVALID_ARGUMENT,
+            "cannot set nosuch.max to \"1\": No such file",
         ),
         (
             with("/linux/sysctl", json!({"net.nosuch": "1"})),
@@ -326,6 +326,8 @@ pub async fn limits_and_counters(guest: &Guest) {
         spec["linux"]["resources"]["pids"] = json!({"limit": 50});
         spec["linux"]["resources"]["cpu"] = json!({"shares": 512, "quota": 50000, "period": 100_000});
     }
+    // Not in every kernel, and then ignored.
+    spec["linux"]["resources"]["blockIO"] = json!({"weight": 100});
     guest.create("c", &spec, &proto::Streams::new()).await.unwrap();
     guest.start("c").await.unwrap();
     let request = proto::ContainerStatsRequest {
@@ -352,6 +354,11 @@ pub async fn limits_and_counters(guest: &Guest) {
             "invalid memory.swap: 5 without memory.limit"
         )
     );
+    let refused = guest
+        .client()
+        .update_container(context(), &update(json!({"unified": {"nosuch.max": "1"}})))
+        .await;
+    assert_eq!(message(refused).0, Code::INVALID_ARGUMENT);
     if all != [true; 3] {
         return;
     }

@@ -42,6 +42,7 @@ pub struct Guest {
 /// The agent's process, started before there is a runtime.
 pub struct Started {
     directory: PathBuf,
+    listener: std::os::unix::net::UnixListener,
     agent: Pid,
 }
 
@@ -51,10 +52,13 @@ pub fn start() -> Started {
     let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory).unwrap();
     make_rootfs(&directory.join("rootfs"));
+    // Before the agent exists, which dials at once.
+    let listener = std::os::unix::net::UnixListener::bind(directory.join(ports::AGENT.to_string())).unwrap();
     // SAFETY: this process has one thread.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => Started {
             directory,
+            listener,
             agent: child,
         },
         ForkResult::Child => {
@@ -82,10 +86,6 @@ pub fn start() -> Started {
 fn run_agent(directory: &Path) -> ! {
     // SAFETY: a plain prctl; the guest must not outlive the test.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    let socket = directory.join(ports::AGENT.to_string());
-    while !socket.exists() {
-        std::thread::sleep(Duration::from_millis(1));
-    }
     mount(
         None::<&str>,
         "/",
@@ -184,7 +184,8 @@ pub fn message<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, St
 impl Guest {
     /// Accepts the agent's connection and sets the sandbox up.
     pub async fn connect(started: Started) -> Self {
-        let listener = UnixListener::bind(started.directory.join(ports::AGENT.to_string())).unwrap();
+        started.listener.set_nonblocking(true).unwrap();
+        let listener = UnixListener::from_std(started.listener).unwrap();
         let (stream, _) = within(listener.accept()).await.unwrap();
         let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
         let guest = Self {
