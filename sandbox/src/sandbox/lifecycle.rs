@@ -62,8 +62,7 @@ impl Sandbox {
         }
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
-        let read_only = root_spec.readonly().unwrap_or(false);
-        let plan = plan_root(&root, &root_path, read_only)?;
+        let plan = plan_root(&root, &root_path)?;
         let rewritten = spec::rewrite(spec, &id, spec::probe)?;
 
         // The mounts are made while the guest boots, on a thread of their own: a slow file system must not

@@ -35,24 +35,22 @@ pub struct DiskPlan {
     pub read_only: bool,
 }
 
-/// Decides how `mounts` reach the guest; without any, `root` (absolute) is shared as it is.
+/// Decides how `mounts` reach the guest; without any, `root` (absolute) is shared as it is, and writable: a
+/// read-only root file system becomes so in the guest, after its mount points have been made.
 ///
 /// # Errors
 /// [`StorageError::Root`] for a list that makes no sense.
-pub fn plan_root(mounts: &[Mount], root: &Path, read_only: bool) -> Result<RootPlan, StorageError> {
+pub fn plan_root(mounts: &[Mount], root: &Path) -> Result<RootPlan, StorageError> {
     match mounts {
-        [] => {
-            let mode = if read_only { "ro" } else { "rw" };
-            Ok(RootPlan::Mounts(vec![Mount {
-                kind: "bind".into(),
-                source: root
-                    .to_str()
-                    .ok_or_else(|| StorageError::Root("root.path is not UTF-8".into()))?
-                    .into(),
-                target: String::new(),
-                options: vec!["rbind".into(), mode.into()],
-            }]))
-        }
+        [] => Ok(RootPlan::Mounts(vec![Mount {
+            kind: "bind".into(),
+            source: root
+                .to_str()
+                .ok_or_else(|| StorageError::Root("root.path is not UTF-8".into()))?
+                .into(),
+            target: String::new(),
+            options: vec!["rbind".into(), "rw".into()],
+        }])),
         [single] => plan_single(single),
         list if list.iter().any(|mount| mount.kind == "erofs") => plan_layers(list),
         list => Ok(RootPlan::Mounts(list.to_vec())),

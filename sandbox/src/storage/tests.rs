@@ -15,7 +15,7 @@ fn m(kind: &str, source: &str, options: &[&str]) -> Mount {
 }
 
 fn plan(mounts: &[Mount]) -> Result<RootPlan, StorageError> {
-    plan_root(mounts, Path::new("/bundle/rootfs"), false)
+    plan_root(mounts, Path::new("/bundle/rootfs"))
 }
 
 #[test]
@@ -24,10 +24,6 @@ fn no_mounts_share_the_root_path() {
         panic!("not shared")
     };
     assert_eq!(mounts, [m("bind", "/bundle/rootfs", &["rbind", "rw"])]);
-    let RootPlan::Mounts(mounts) = plan_root(&[], Path::new("/r"), true).unwrap() else {
-        panic!("not shared")
-    };
-    assert_eq!(mounts, [m("bind", "/r", &["rbind", "ro"])]);
 }
 
 #[test]
