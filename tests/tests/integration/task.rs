@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bulkhead_tests::fixture::wait_until;
 use bulkhead_tests::image::PROBE_IMAGE;
-use bulkhead_tests::{Fixture, config, host};
+use bulkhead_tests::{Fixture, Session, config, host};
 use serde_json::Value;
 
 use crate::fixture;
@@ -49,19 +49,14 @@ fn listing_and_metrics_tell_the_truth() {
 
     let processes = || test.ctr(&["tasks", "ps", &id]).text();
     assert_eq!(processes().lines().count(), 2, "{}", processes());
-    let exec = [
-        "tasks",
-        "exec",
-        "--detach",
-        "--exec-id",
-        "second",
-        &id,
-        "sleep",
-        "1000",
-    ];
-    let _ = test.ctr(&exec).text();
+    // Not detached: ctr would leave its FIFOs.
+    let exec = test
+        .containerd
+        .ctr(&["tasks", "exec", "--exec-id", "second", &id, "sleep", "1000"]);
+    let second = Session::start(exec, config().seconds(60));
+    let started = wait_until(config().seconds(10), || processes().lines().count() == 3);
+    assert!(started, "{second}");
     let two = processes();
-    assert_eq!(two.lines().count(), 3, "{two}");
     assert!(two.contains("second"), "{two}");
 
     let before = metrics(&test, &id);
@@ -84,7 +79,7 @@ fn listing_and_metrics_tell_the_truth() {
         "{}",
         processes()
     );
-    let _ = test.ctr(&["tasks", "delete", "--exec-id", "second", &id]);
+    let _ = second.finish().expect_code(137);
     test.kill_and_remove(&id);
 }
 
@@ -145,25 +140,22 @@ fn errors_have_the_right_code() {
         )
         .detach();
     let exec = |name: &str| {
-        test.ctr(&[
-            "tasks",
-            "exec",
-            "--detach",
-            "--exec-id",
-            name,
-            &id,
-            "sleep",
-            "1000",
-        ])
+        let script = "echo up; exec sleep 1000";
+        test.containerd
+            .ctr(&["tasks", "exec", "--exec-id", name, &id, "sh", "-c", script])
     };
-    let _ = exec("same").text();
-    let _ = exec("same").expect_error(&["already exists"]);
+    let refused = |name: &str| Session::start(exec(name), config().seconds(30)).finish();
+    let same = Session::start(exec("same"), config().seconds(60));
+    same.wait_for("up");
+    let _ = refused("same").expect_error(&["already exists"]);
     let _ = test
         .ctr(&["tasks", "delete", &id])
         .expect_error(&["precondition", "running"]);
-    let _ = test
-        .ctr(&["tasks", "checkpoint", &id])
-        .expect_error(&["not implemented", "unimplemented"]);
+    let _ = test.ctr(&["tasks", "checkpoint", &id]).expect_error(&[
+        "not supported",
+        "not implemented",
+        "unimplemented",
+    ]);
     let missing = ["tasks", "exec", "--exec-id", "missing", &id, "/no/such/program"];
     let said = test.ctr(&missing).expect_error(&["no such file", "not found"]);
     assert!(said.contains("/no/such/program"), "{said}");
@@ -172,7 +164,8 @@ fn errors_have_the_right_code() {
     let _ = test
         .ctr(&["tasks", "kill", &id])
         .expect_error(&["not found", "already finished"]);
-    let _ = exec("late").expect_error(&["precondition", "not running", "stopped", "not found"]);
+    let _ = same.finish().expect_code(137);
+    let _ = refused("late").expect_error(&["precondition", "not running", "stopped", "not found"]);
     test.delete(&id, 3);
     let _ = test.ctr(&["tasks", "kill", &id]).expect_error(&["not found"]);
     test.remove(&id);
@@ -219,7 +212,7 @@ fn a_second_process_has_its_own_user_directory_and_terminal() {
         "-c",
         &format!("tty; read line; echo got $line; {size}; exit 4"),
     ]);
-    let mut session = bulkhead_tests::Session::start_on_terminal(command, 40, 120, config().seconds(30));
+    let mut session = Session::start_on_terminal(command, 40, 120, config().seconds(30));
     session.wait_for("/dev/pts/");
     session.send("typed\n");
     session.wait_for("got typed");
