@@ -51,6 +51,17 @@ impl Service {
     }
 }
 
+/// How long a call that starts something may take if the host does not say: longer than a host waits.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long a call may take: a little less than the host waits for it, so that the host hears what took so long.
+fn limit(context: &TtrpcContext) -> Duration {
+    match u64::try_from(context.timeout_nano) {
+        Ok(nanos @ 1..) => Duration::from_nanos(nanos) * 9 / 10,
+        _ => DEFAULT_LIMIT,
+    }
+}
+
 /// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -108,11 +119,12 @@ impl Agent for Service {
 
     async fn create_container(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: proto::CreateContainerRequest,
     ) -> ttrpc::Result<proto::CreateContainerResponse> {
+        let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        let pid = detached(async move { containers.create(request).await }).await?;
+        let pid = detached(async move { containers.create(request, limit).await }).await?;
         Ok(proto::CreateContainerResponse {
             pid: pid.as_raw().unsigned_abs(),
             ..Default::default()
@@ -121,21 +133,23 @@ impl Agent for Service {
 
     async fn start_container(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: proto::StartContainerRequest,
     ) -> ttrpc::Result<proto::StartContainerResponse> {
+        let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        detached(async move { containers.start(&request.container_id).await }).await?;
+        detached(async move { containers.start(&request.container_id, limit).await }).await?;
         Ok(proto::StartContainerResponse::new())
     }
 
     async fn exec_process(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: proto::ExecProcessRequest,
     ) -> ttrpc::Result<proto::ExecProcessResponse> {
+        let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        let pid = detached(async move { containers.exec(request).await }).await?;
+        let pid = detached(async move { containers.exec(request, limit).await }).await?;
         Ok(proto::ExecProcessResponse {
             pid: pid.as_raw().unsigned_abs(),
             ..Default::default()

@@ -26,9 +26,6 @@ use crate::job::{Job, JobError, Report, StatusPipe};
 use crate::storage::{Plan, RUN};
 use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
 
-/// How long making a container may take. Mounting a large filesystem after a crash replays its journal.
-const CREATE_LIMIT: Duration = Duration::from_secs(60);
-
 /// How long undoing it may take.
 pub(super) const REMOVE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -36,11 +33,15 @@ pub(super) const REMOVE_LIMIT: Duration = Duration::from_secs(30);
 const CONSOLE_LIMIT: Duration = Duration::from_secs(2);
 
 impl Containers {
-    /// Makes a container whose init process waits to be started. On failure nothing is left of it.
+    /// Makes a container whose init process waits to be started, within `limit`. On failure nothing is left of it.
     ///
     /// # Errors
     /// The request makes no sense, or what it asks for cannot be done.
-    pub async fn create(self: &Arc<Self>, request: proto::CreateContainerRequest) -> Result<Pid, Error> {
+    pub async fn create(
+        self: &Arc<Self>,
+        request: proto::CreateContainerRequest,
+        limit: Duration,
+    ) -> Result<Pid, Error> {
         let id = request.container_id.as_str();
         if !valid_id(id) {
             return Err(Error::Invalid {
@@ -61,7 +62,7 @@ impl Containers {
         let container = self.reserve(&request)?;
         let _turn = container.turn.lock().await;
         let result = self
-            .build(&container, spec, request.streams.get_or_default())
+            .build(&container, spec, request.streams.get_or_default(), limit)
             .await;
         if result.is_err() {
             self.undo(&container).await;
@@ -93,6 +94,7 @@ impl Containers {
         container: &Arc<Container>,
         spec: Spec,
         wanted: &proto::Streams,
+        limit: Duration,
     ) -> Result<Pid, Error> {
         let (adapted, devices) = prepare(container, spec, wanted.terminal)?;
         let bundle = container.directory.join("bundle");
@@ -116,7 +118,7 @@ impl Containers {
             setup.run(program, console_path, status)
         })?;
         container.state().creator = Some(job.pid());
-        let reports = job.finish(CREATE_LIMIT).await;
+        let reports = job.finish(limit).await;
         container.state().creator = None;
         let pid = reported_pid(&reports?)?;
         container.adopt_init(&self.reaper, pid);

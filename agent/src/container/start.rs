@@ -25,15 +25,13 @@ use crate::error::{Error, chain};
 use crate::job::{self, Job, Report, StatusPipe};
 use crate::streams::{HostEnds, ProgramEnds};
 
-/// How long a program may take from the order to start until it runs: its file may come from a slow disk.
-const START_LIMIT: Duration = Duration::from_secs(60);
-
 impl Containers {
-    /// Lets a container's init process execute its program; returns when it has.
+    /// Lets a container's init process execute its program; returns when it has,
+    /// at the latest after `limit`.
     ///
     /// # Errors
     /// The container is not in the created state, or the program cannot be executed.
-    pub async fn start(&self, id: &str) -> Result<(), Error> {
+    pub async fn start(&self, id: &str, limit: Duration) -> Result<(), Error> {
         let container = self.get(id)?;
         let _turn = container.turn.lock().await;
         container.expect_status(Status::Created)?;
@@ -44,9 +42,9 @@ impl Containers {
             reason,
         };
         if let Some(pipe) = pipe {
-            match tokio::time::timeout(START_LIMIT, job::outcome(pipe)).await {
+            match tokio::time::timeout(limit, job::outcome(pipe)).await {
                 Ok(outcome) => outcome.map_err(|error| fail(chain(&error)))?,
-                Err(_) => return Err(fail(format!("no program after {} s", START_LIMIT.as_secs()))),
+                Err(_) => return Err(fail(format!("no program after {} s", limit.as_secs()))),
             }
         }
         let mut state = container.state();
@@ -57,11 +55,15 @@ impl Containers {
         Ok(())
     }
 
-    /// Starts a further process in a running container.
+    /// Starts a further process in a running container, within `limit`.
     ///
     /// # Errors
     /// The request makes no sense, the container does not run, or the program cannot be executed.
-    pub async fn exec(self: &Arc<Self>, request: proto::ExecProcessRequest) -> Result<Pid, Error> {
+    pub async fn exec(
+        self: &Arc<Self>,
+        request: proto::ExecProcessRequest,
+        limit: Duration,
+    ) -> Result<Pid, Error> {
         let container = self.get(&request.container_id)?;
         let exec = request.exec_id.as_str();
         if !valid_id(exec) {
@@ -84,7 +86,7 @@ impl Containers {
             .map_err(fail)?;
         container.reserve_exec(exec)?;
         let result = self
-            .build_exec(&container, exec, process, request.streams.get_or_default())
+            .build_exec(&container, exec, process, request.streams.get_or_default(), limit)
             .await;
         if result.is_err() {
             container.forget_exec(exec);
@@ -98,6 +100,7 @@ impl Containers {
         exec: &str,
         mut process: ProcessSpec,
         wanted: &proto::Streams,
+        limit: Duration,
     ) -> Result<Pid, Error> {
         let mut notices = Vec::new();
         adapt_process(&mut process, wanted.terminal, &mut notices).map_err(Error::Spec)?;
@@ -132,12 +135,12 @@ impl Containers {
         let mut job = Job::spawn(&self.reaper, "start of the process", &keep, move |status| {
             helper.run(program, console_path, status)
         })?;
-        let finish = job.finish(START_LIMIT);
+        let finish = job.finish(limit);
         let (reports, terminal) = match console {
             None => (finish.await, None),
             Some(console) => {
                 let prepare = async {
-                    let terminal = console.finish(START_LIMIT).await;
+                    let terminal = console.finish(limit).await;
                     drop(go);
                     terminal
                 };
