@@ -74,7 +74,7 @@ fn measure(arguments: &Arguments, artifacts: &Artifacts, host: &Host, out: &Path
         values
             .entry("ours_agent_ready".to_owned())
             .or_default()
-            .push(span(&timeline, "vmm_main", "agent_ready")?);
+            .push(span(&timeline, "vmm_main", "agent_answered")?);
     }
     Ok(values)
 }
@@ -136,7 +136,7 @@ struct Row(&'static str, &'static str, &'static str, &'static str);
 const STARTS: [Row; 2] = [
     Row("`ctr run` to first output", "ours_run", "runc", "runc_run"),
     Row(
-        "VMM start to agent ready (peer: to init's first line)",
+        "VMM start to the agent's first answer (peer: to init's first line)",
         "ours_agent_ready",
         "QEMU microvm",
         "qemu_boot",
@@ -232,7 +232,7 @@ mod tests {
         assert!(parse("bench x y").is_err());
         let timeline = json!({"marks": [{"phase": "vmm_main", "monotonic_us": 5}]});
         assert!(
-            span(&timeline, "vmm_main", "agent_ready")
+            span(&timeline, "vmm_main", "agent_answered")
                 .unwrap_err()
                 .to_string()
                 .contains("agent_ready")
