@@ -235,7 +235,7 @@ mod tests {
             span(&timeline, "vmm_main", "agent_answered")
                 .unwrap_err()
                 .to_string()
-                .contains("agent_ready")
+                .contains("agent_answered")
         );
     }
 }
