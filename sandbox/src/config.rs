@@ -29,7 +29,7 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 pub const MAX_KERNEL_PARAMETERS: usize = 1024;
 
 /// Most empty disk slots.
-pub const MAX_DISK_SLOTS: u32 = 16;
+pub const MAX_DISK_SLOTS: u32 = 12;
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]

@@ -27,6 +27,16 @@ pub enum ConfigError {
     /// Kernel parameters.
     #[error("command_line has a character that is not printable ASCII")]
     CommandLine,
+    /// More devices than interrupt lines.
+    #[error("disk_slots ({disk_slots}) and nets ({nets}) make {devices} devices; {max} are possible", max = layout::MAX_DEVICES)]
+    Devices {
+        /// Disk slots asked for.
+        disk_slots: u32,
+        /// Network devices asked for.
+        nets: usize,
+        /// All devices together.
+        devices: u64,
+    },
     /// A disk in a slot that does not exist, or two in one.
     #[error("disks names slot {slot}, which is taken or not below disk_slots ({slots})")]
     DiskSlot {
@@ -63,6 +73,16 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
         .all(|byte| byte == b' ' || byte.is_ascii_graphic())
     {
         return Err(ConfigError::CommandLine);
+    }
+    // Persistent memory, vsock and entropy are always there.
+    let fixed = 3 + u64::from(config.share.is_some()) + u64::from(config.balloon);
+    let devices = fixed + config.nets.len() as u64 + u64::from(config.disk_slots);
+    if devices > u64::from(layout::MAX_DEVICES) {
+        return Err(ConfigError::Devices {
+            disk_slots: config.disk_slots,
+            nets: config.nets.len(),
+            devices,
+        });
     }
     for (index, (slot, _)) in config.disks.iter().enumerate() {
         let taken = config.disks[..index].iter().any(|(other, _)| other == slot);
@@ -117,7 +137,7 @@ mod tests {
             validate(&config).map_err(|error| error.to_string())
         };
         type Case = (fn(&mut VmConfig), &'static str);
-        let cases: [Case; 8] = [
+        let cases: [Case; 9] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),
@@ -126,6 +146,7 @@ mod tests {
             (|config| config.memory_mib = 63, "memory_mib is 63"),
             (|config| config.command_line = "a\nb".into(), "command_line"),
             (|config| config.disk_slots = 1, "slot 1"),
+            (|config| config.disk_slots = 16, "disk_slots (16)"),
         ];
         for (change, words) in cases {
             let error = bad(change).expect_err(words);

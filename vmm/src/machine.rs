@@ -94,7 +94,7 @@ pub enum BuildError {
     #[error("Cannot set up vsock")]
     Vsock(#[source] VsockError),
     /// More devices than interrupt lines.
-    #[error("{0} devices are over the limit of {max}", max = layout::LAST_GSI - layout::FIRST_GSI + 1)]
+    #[error("{0} devices are over the limit of {max}", max = layout::MAX_DEVICES)]
     TooManyDevices(usize),
     /// Transport.
     #[error("Cannot wire a device")]

@@ -146,7 +146,9 @@ impl<'a> Server<'a> {
                             .unwrap_or_else(|_| ExitReason::VmmError("exit without a reason".into()));
                         return self.report_exit(reason);
                     }
-                    _ => self.run_devices()?,
+                    // A pause may have come in the same batch.
+                    DEVICES if !self.paused => self.run_devices()?,
+                    _ => {}
                 }
             }
             self.send_vsock_events()?;

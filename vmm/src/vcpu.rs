@@ -123,6 +123,7 @@ impl Vcpus {
                 .spawn(move || {
                     let immediate_exit = immediate_exit;
                     run(&mut vcpu, &bus, &gate, immediate_exit, &report);
+                    gate.leave();
                     // Its page must stay mapped for `ImmediateExit`.
                     std::mem::forget(vcpu);
                 })?;
@@ -161,6 +162,12 @@ impl Vcpus {
 extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 impl Gate {
+    /// A vCPU that has ended stands still for good.
+    fn leave(&self) {
+        *lock(&self.parked) += 1;
+        self.changed.notify_all();
+    }
+
     fn wait(&self, immediate_exit: ImmediateExit) {
         let mut parked = lock(&self.parked);
         *parked += 1;
@@ -231,4 +238,41 @@ fn internal_error(vcpu: &mut VcpuFd) -> ExitReason {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn ended_vcpus_do_not_hold_up_a_pause() {
+        let gate = Arc::new(Gate::default());
+        let flags = [AtomicU8::new(1), AtomicU8::new(1)].map(Box::new).map(Box::leak);
+        gate.wanted.store(PAUSE, Ordering::SeqCst);
+        let threads = flags.each_ref().map(|flag| {
+            let (gate, immediate_exit) = (gate.clone(), ImmediateExit(ptr::from_ref::<AtomicU8>(flag)));
+            std::thread::spawn(move || {
+                let immediate_exit = immediate_exit;
+                gate.wait(immediate_exit);
+            })
+        });
+        gate.leave();
+        let vcpus = Vcpus {
+            gate: gate.clone(),
+            threads: Vec::new(),
+        };
+        let mut parked = lock(&gate.parked);
+        while *parked < 3 {
+            parked = gate.changed.wait(parked).unwrap();
+        }
+        drop(parked);
+        vcpus.resume();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(*lock(&gate.parked), 1);
+        assert_eq!(flags.map(|flag| flag.load(Ordering::SeqCst)), [0, 0]);
+    }
 }

@@ -63,6 +63,9 @@ pub const FIRST_GSI: u32 = 5;
 /// Last line of the IOAPIC.
 pub const LAST_GSI: u32 = 23;
 
+/// Most virtio devices: each has a line of its own.
+pub const MAX_DEVICES: u32 = LAST_GSI - FIRST_GSI + 1;
+
 /// Smallest guest memory in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
 /// Most vCPUs.

@@ -4,8 +4,9 @@ mod registers;
 #[cfg(test)]
 mod tests;
 
+use std::io::{self, Write};
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -14,9 +15,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, DeviceError, Interrupt, VirtioDevice};
 use crate::arch::layout;
+use crate::error_chain;
 use crate::memory::GuestMemory;
 
 pub use registers::TransportState;
+
+/// Failures of one device that are told of.
+const MOST_REPORTS: u32 = 8;
 
 /// Place of a device: its register window and interrupt line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +31,7 @@ impl Slot {
     /// The slot of the device with this index; `None` when the interrupt lines are used up.
     pub fn new(index: usize) -> Option<Self> {
         let index = u32::try_from(index).ok()?;
-        (index <= layout::LAST_GSI - layout::FIRST_GSI).then_some(Self(index))
+        (index < layout::MAX_DEVICES).then_some(Self(index))
     }
 
     /// Guest-physical address of the register window.
@@ -64,6 +69,10 @@ pub struct MmioTransport {
     device: Arc<Mutex<dyn VirtioDevice>>,
     /// Whether the device is activated. Changes only under the device's lock.
     active: AtomicBool,
+    /// Whether the device has failed since its last reset; nothing of it runs then.
+    failed: AtomicBool,
+    /// Failures told of on standard error, which a guest could otherwise flood.
+    reports: AtomicU32,
     interrupt: Arc<Interrupt>,
     queue_events: Vec<EventFd>,
     event_fd: Option<RawFd>,
@@ -106,6 +115,8 @@ impl MmioTransport {
             registers: Mutex::new(registers),
             device,
             active: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            reports: AtomicU32::new(0),
             interrupt,
             queue_events,
             event_fd,
@@ -187,7 +198,11 @@ impl MmioTransport {
 
     /// Marks the device as broken; the driver has to reset it (virtio 1.2, 2.1.2).
     pub fn fail(&self, error: &DeviceError) {
-        eprintln!("{}: {}", self.name, chain(error));
+        self.failed.store(true, Ordering::SeqCst);
+        if self.reports.fetch_add(1, Ordering::Relaxed) < MOST_REPORTS {
+            // Nobody reads it once the sandbox has gone.
+            let _ = writeln!(io::stderr(), "{}: {}", self.name, error_chain(error));
+        }
         if lock(&self.registers).set_needs_reset() {
             // A driver that hears nothing finds the bit when it next looks.
             let _ = self.interrupt.config_change();
@@ -195,6 +210,9 @@ impl MmioTransport {
     }
 
     fn run(&self, work: impl FnOnce(&mut dyn VirtioDevice, bool) -> Result<(), DeviceError>) {
+        if self.failed.load(Ordering::SeqCst) {
+            return;
+        }
         let result = {
             let mut device = lock(&self.device);
             work(&mut *device, self.active.load(Ordering::Relaxed))
@@ -258,6 +276,7 @@ impl MmioTransport {
                 if self.active.swap(false, Ordering::Relaxed) {
                     device.reset();
                 }
+                self.failed.store(false, Ordering::SeqCst);
                 self.interrupt.acknowledge(u32::MAX);
                 for event in &self.queue_events {
                     let _ = event.read();
@@ -285,9 +304,4 @@ impl MmioTransport {
 /// A panic of another holder is a bug, but no reason for the guest to take the VMM down with a second one.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    crate::error_chain(error)
 }

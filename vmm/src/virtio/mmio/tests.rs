@@ -11,6 +11,7 @@ use super::*;
 #[derive(Debug, Default)]
 struct Fake {
     activations: Arc<AtomicUsize>,
+    kicks: Arc<AtomicUsize>,
     active: bool,
     fails: bool,
 }
@@ -51,6 +52,7 @@ impl VirtioDevice for Fake {
     }
     fn process_queue(&mut self, _: usize) -> Result<(), DeviceError> {
         assert!(self.active, "kicked before activation");
+        self.kicks.fetch_add(1, Ordering::SeqCst);
         Err(DeviceError::Protocol("malformed"))
     }
 }
@@ -174,11 +176,18 @@ fn queue_outside_memory_stays_off() {
 
 #[test]
 fn failed_queue_marks_the_device_and_interrupts() {
-    let transport = transport(Fake::default());
+    let kicks = Arc::new(AtomicUsize::new(0));
+    let transport = transport(Fake {
+        kicks: kicks.clone(),
+        ..Fake::default()
+    });
     transport.process_queue(0);
     assert_eq!(read(&transport, STATUS), 0, "not active, not called");
     start(&transport);
-    transport.process_queue(0);
+    for _ in 0..3 {
+        transport.process_queue(0);
+    }
+    assert_eq!(kicks.load(Ordering::SeqCst), 1, "a failed device stands still");
     assert_eq!(read(&transport, STATUS), 15 | NEEDS_RESET);
     assert_eq!(read(&transport, INTERRUPT_STATUS), 2);
     write(&transport, INTERRUPT_ACK, 2);
@@ -187,6 +196,8 @@ fn failed_queue_marks_the_device_and_interrupts() {
     assert_eq!(read(&transport, STATUS), 0);
     start(&transport);
     assert_eq!(read(&transport, STATUS), 15);
+    transport.process_queue(0);
+    assert_eq!(kicks.load(Ordering::SeqCst), 2, "a reset device works again");
 }
 
 #[test]
