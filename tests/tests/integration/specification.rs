@@ -118,7 +118,7 @@ fn mounts_and_masks_do_what_they_say() {
         ("write /proc/sys/kernel/domainname", "EROFS"),
         ("list /masked-directory", "ok"),
         ("read /masked-file", "ok"),
-        ("write /proc/sysrq-trigger", "EROFS"),
+        ("write /rw/file", "EROFS"),
         ("write /dev/null", "ok"),
         ("write /dev/shm/new", "ok"),
     ];
@@ -139,7 +139,7 @@ fn mounts_and_masks_do_what_they_say() {
             )
             .set(
                 "/linux/readonlyPaths",
-                json!(["/proc/sys", "/proc/sysrq-trigger", "/not/there"]),
+                json!(["/proc/sys", "/rw/file", "/not/there"]),
             )
     });
     // What is masked has something to hide, and a read-only root must have the mount points.
