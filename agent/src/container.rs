@@ -3,6 +3,7 @@
 pub mod control;
 pub mod create;
 pub mod executor;
+pub mod pause;
 pub mod spec;
 pub mod start;
 
@@ -37,6 +38,7 @@ pub struct Containers {
     map: Mutex<HashMap<String, Arc<Container>>>,
     partitions: Mutex<Partitions>,
     sockets: Mutex<u64>,
+    shared: pause::Shared,
 }
 
 impl Containers {
@@ -49,6 +51,7 @@ impl Containers {
             map: Mutex::default(),
             partitions: Mutex::default(),
             sockets: Mutex::default(),
+            shared: pause::Shared::default(),
         })
     }
 

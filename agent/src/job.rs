@@ -192,7 +192,7 @@ fn run_child(write: OwnedFd, keep: &[RawFd], work: impl FnOnce(&StatusPipe) -> R
 
 /// Gives every signal its default action back and unblocks it: exec(2) keeps ignored and blocked signals, and a
 /// container's program must not inherit the agent's.
-fn reset_signals() {
+pub(crate) fn reset_signals() {
     for signal in 1..=libc::SIGRTMAX() {
         // SAFETY: SIG_DFL is a valid disposition; the calls for SIGKILL and SIGSTOP fail without effect.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -202,7 +202,7 @@ fn reset_signals() {
 
 /// Closes all descriptors from 3 on but those in `keep` and `status`. A copy of another container's stream, kept
 /// open by a process that waits to be started, would keep its reader from seeing the end.
-fn close_others(keep: &[RawFd], status: RawFd) {
+pub(crate) fn close_others(keep: &[RawFd], status: RawFd) {
     for (first, last) in gaps(keep, status) {
         // SAFETY: nothing in this process uses the closed descriptors any more.
         unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };

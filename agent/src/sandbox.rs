@@ -1,7 +1,9 @@
 //! The guest as the pod's sandbox: name, clock, kernel parameters, shared tree.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use nix::mount::MsFlags;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
+use crate::container::spec::valid_id;
 use crate::init::{self, InitError};
 use crate::network;
 use crate::storage::SHARED;
@@ -33,6 +36,12 @@ pub enum SandboxError {
     /// The name of a kernel parameter.
     #[error("{0:?} is not a kernel parameter")]
     SysctlName(String),
+    /// A file for containers.
+    #[error("cannot write {}", .0.display())]
+    File(PathBuf, #[source] io::Error),
+    /// The name of such a file.
+    #[error("{0:?} is not a file's name")]
+    FileName(String),
     /// The shared tree.
     #[error("cannot mount the shared tree")]
     Shared(#[source] MountError),
@@ -47,11 +56,52 @@ pub enum SandboxError {
     Loopback(#[source] nix::Error),
 }
 
-/// Carries a `SetupSandbox` request out.
+/// Holds the pod's files that containers bind-mount.
+pub const FILES: &str = "/run/bulkhead/etc";
+
+/// Kernel parameters of network interfaces that the guest does not have yet.
+#[derive(Debug, Default)]
+pub struct Pending(Vec<(String, String)>);
+
+impl Pending {
+    /// Sets those whose interface has come.
+    ///
+    /// # Errors
+    /// The kernel refuses a value; the others are kept for another attempt.
+    pub fn apply(&mut self) -> Result<(), SandboxError> {
+        let waiting = std::mem::take(&mut self.0);
+        for (key, value) in waiting {
+            match set_sysctl(&key, &value) {
+                Err(SandboxError::Sysctl(key, value, error)) if error.kind() == io::ErrorKind::NotFound => {
+                    self.0.push((key, value));
+                }
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that none is left.
+    ///
+    /// # Errors
+    /// Names the first one whose interface has not come.
+    pub fn check(&self) -> Result<(), SandboxError> {
+        match self.0.first() {
+            None => Ok(()),
+            Some((key, value)) => Err(SandboxError::Sysctl(
+                key.clone(),
+                value.clone(),
+                io::ErrorKind::NotFound.into(),
+            )),
+        }
+    }
+}
+
+/// Carries a `SetupSandbox` request out. Kernel parameters of interfaces that are still to come are returned.
 ///
 /// # Errors
 /// The first step that fails.
-pub fn setup(request: &proto::SetupSandboxRequest) -> Result<(), SandboxError> {
+pub fn setup(request: &proto::SetupSandboxRequest) -> Result<Pending, SandboxError> {
     if request.realtime_ns != 0 {
         let now = TimeSpec::from_duration(Duration::from_nanos(request.realtime_ns));
         clock_settime(ClockId::CLOCK_REALTIME, now).map_err(SandboxError::Clock)?;
@@ -67,9 +117,18 @@ pub fn setup(request: &proto::SetupSandboxRequest) -> Result<(), SandboxError> {
     network::loopback_up().map_err(SandboxError::Loopback)?;
     let mut sysctls: Vec<_> = request.sysctls.iter().collect();
     sysctls.sort();
+    let mut pending = Pending::default();
     for (key, value) in sysctls {
-        set_sysctl(key, value)?;
+        match set_sysctl(key, value) {
+            Err(SandboxError::Sysctl(key, value, error))
+                if error.kind() == io::ErrorKind::NotFound && is_of_interface(&key) =>
+            {
+                pending.0.push((key, value));
+            }
+            result => result?,
+        }
     }
+    write_files(&request.files)?;
     let shm = if request.shm_size == 0 {
         DEFAULT_SHM
     } else {
@@ -87,6 +146,27 @@ pub fn setup(request: &proto::SetupSandboxRequest) -> Result<(), SandboxError> {
         )
         .map_err(SandboxError::Shared)?;
     }
+    Ok(pending)
+}
+
+fn write_files(files: &HashMap<String, Vec<u8>>) -> Result<(), SandboxError> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    let fail = |name: &str| {
+        let path = Path::new(FILES).join(name);
+        |source| SandboxError::File(path, source)
+    };
+    fs::create_dir(FILES).map_err(fail(""))?;
+    for (name, content) in files {
+        if !valid_id(name) {
+            return Err(SandboxError::FileName(name.clone()));
+        }
+        let path = Path::new(FILES).join(name);
+        fs::write(&path, content)
+            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o644)))
+            .map_err(fail(name))?;
+    }
     Ok(())
 }
 
@@ -97,6 +177,15 @@ pub fn setup(request: &proto::SetupSandboxRequest) -> Result<(), SandboxError> {
 pub fn set_sysctl(key: &str, value: &str) -> Result<(), SandboxError> {
     let path = sysctl_path(key).ok_or_else(|| SandboxError::SysctlName(key.to_owned()))?;
     fs::write(path, value).map_err(|source| SandboxError::Sysctl(key.to_owned(), value.to_owned(), source))
+}
+
+/// Whether a kernel parameter belongs to one network interface: `net.<family>.conf` or `.neigh`, then its name.
+fn is_of_interface(key: &str) -> bool {
+    let Some(path) = sysctl_path(key) else {
+        return false;
+    };
+    let parts: Vec<_> = path.iter().skip(3).filter_map(|part| part.to_str()).collect();
+    matches!(parts.as_slice(), ["net", "ipv4" | "ipv6", "conf" | "neigh", name, _] if !matches!(*name, "all" | "default"))
 }
 
 /// File of a kernel parameter. As with sysctl(8), the first of `.` and `/` in the key is the separator, and the
@@ -143,6 +232,38 @@ mod tests {
         for key in ["", "a..b", "../x", "/etc/passwd", "a/../../b", "a.", "a\0"] {
             assert_eq!(path(key), None, "{key}");
         }
+    }
+
+    #[test]
+    fn parameters_of_interfaces() {
+        for key in [
+            "net.ipv4.conf.eth0.rp_filter",
+            "net.ipv6.neigh.eth0/1.gc_stale_time",
+            "net/ipv4/conf/eth0.1/forwarding",
+        ] {
+            assert!(is_of_interface(key), "{key}");
+        }
+        for key in [
+            "net.ipv4.conf.all.rp_filter",
+            "net.ipv4.conf.eth0",
+            "net.ipv4.ip_forward",
+            "vm.swappiness",
+            "..",
+        ] {
+            assert!(!is_of_interface(key), "{key}");
+        }
+    }
+
+    #[test]
+    fn parameters_wait_for_their_interface() {
+        let mut pending = Pending(vec![("net.ipv4.conf.nosuch0.rp_filter".into(), "1".into())]);
+        assert!(pending.apply().is_ok());
+        let refused = pending.check().map_err(|error| error.to_string());
+        assert_eq!(
+            refused,
+            Err("cannot set net.ipv4.conf.nosuch0.rp_filter to \"1\"".into())
+        );
+        assert!(Pending::default().check().is_ok());
     }
 
     proptest! {

@@ -35,7 +35,8 @@ pub fn uptime_us() -> u64 {
 pub struct Service {
     containers: Arc<Containers>,
     boot: BootTimes,
-    sandbox: Mutex<bool>,
+    /// Set up once; what of it waits for the network.
+    sandbox: Mutex<Option<sandbox::Pending>>,
     shutdown: Arc<Notify>,
 }
 
@@ -45,7 +46,7 @@ impl Service {
         Self {
             containers,
             boot,
-            sandbox: Mutex::new(false),
+            sandbox: Mutex::new(None),
             shutdown,
         }
     }
@@ -98,13 +99,12 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::SetupSandboxRequest,
     ) -> ttrpc::Result<proto::SetupSandboxResponse> {
-        if std::mem::replace(
-            &mut *self.sandbox.lock().unwrap_or_else(PoisonError::into_inner),
-            true,
-        ) {
+        let mut sandbox = self.sandbox.lock().unwrap_or_else(PoisonError::into_inner);
+        if sandbox.is_some() {
             return Err(Error::SandboxExists.into());
         }
-        sandbox::setup(&request).map_err(Error::Sandbox)?;
+        let pending = sandbox.insert(sandbox::Pending::default());
+        *pending = sandbox::setup(&request).map_err(Error::Sandbox)?;
         Ok(proto::SetupSandboxResponse::new())
     }
 
@@ -114,6 +114,9 @@ impl Agent for Service {
         request: proto::ConfigureNetworkRequest,
     ) -> ttrpc::Result<proto::ConfigureNetworkResponse> {
         network::configure(&request).map_err(Error::Network)?;
+        if let Some(pending) = &mut *self.sandbox.lock().unwrap_or_else(PoisonError::into_inner) {
+            pending.apply().map_err(Error::Sandbox)?;
+        }
         Ok(proto::ConfigureNetworkResponse::new())
     }
 
@@ -122,6 +125,9 @@ impl Agent for Service {
         context: &TtrpcContext,
         request: proto::CreateContainerRequest,
     ) -> ttrpc::Result<proto::CreateContainerResponse> {
+        if let Some(pending) = &*self.sandbox.lock().unwrap_or_else(PoisonError::into_inner) {
+            pending.check().map_err(Error::Sandbox)?;
+        }
         let limit = limit(context);
         let containers = Arc::clone(&self.containers);
         let pid = detached(async move { containers.create(request, limit).await }).await?;

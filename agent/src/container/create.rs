@@ -1,7 +1,7 @@
 //! Making a container.
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,9 +61,7 @@ impl Containers {
             .map_err(fail)?;
         let container = self.reserve(&request)?;
         let _turn = container.turn.lock().await;
-        let result = self
-            .build(&container, spec, request.streams.get_or_default(), limit)
-            .await;
+        let result = self.build(&container, spec, &request, limit).await;
         if result.is_err() {
             self.undo(&container).await;
         }
@@ -93,10 +91,12 @@ impl Containers {
         &self,
         container: &Arc<Container>,
         spec: Spec,
-        wanted: &proto::Streams,
+        request: &proto::CreateContainerRequest,
         limit: Duration,
     ) -> Result<Pid, Error> {
-        let (adapted, devices) = prepare(container, spec, wanted.terminal)?;
+        let wanted = request.streams.get_or_default();
+        let pid_namespace = self.pid_namespace(request.pid_namespace.as_ref()).await?;
+        let (adapted, devices) = prepare(container, spec, wanted.terminal, pid_namespace.as_ref())?;
         let bundle = container.directory.join("bundle");
         write_bundle(&bundle, &adapted.spec)?;
 
@@ -110,7 +110,13 @@ impl Containers {
             devices: devices.as_ref(),
         };
         let (program, console) = (stdio.program, stdio.console);
-        let keep = program.as_ref().map(keep).unwrap_or_default();
+        let keep: Vec<i32> = program
+            .as_ref()
+            .map(keep)
+            .unwrap_or_default()
+            .into_iter()
+            .chain(pid_namespace.as_ref().map(AsRawFd::as_raw_fd))
+            .collect();
         let console_path = console.as_ref().map(|console| console.path.clone());
         // The init process's id is known only when the helper is done.
         let _birth = self.reaper.birth();
@@ -206,6 +212,7 @@ fn prepare(
     container: &Container,
     spec: Spec,
     terminal: bool,
+    pid_namespace: Option<&OwnedFd>,
 ) -> Result<(Adapted, Option<DeviceRules>), Error> {
     let root = container.plan.root();
     let cgroup = Cgroup::spec_path(&container.id);
@@ -213,6 +220,8 @@ fn prepare(
         root: &root,
         cgroup,
         terminal,
+        // Opened by libcontainer in a process that has inherited the descriptor.
+        pid_namespace: pid_namespace.map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into()),
         device: &device_node,
     };
     let adapted = adapt(spec, &guest).map_err(Error::Spec)?;

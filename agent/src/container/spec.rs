@@ -45,6 +45,8 @@ pub struct Guest<'a> {
     pub cgroup: PathBuf,
     /// Whether the container's init process has a terminal.
     pub terminal: bool,
+    /// File of the pid namespace the container joins; none: what the specification says, whatever path it names.
+    pub pid_namespace: Option<PathBuf>,
     /// Looks a device node of the guest up.
     pub device: &'a dyn Fn(&Path) -> Option<DeviceNode>,
 }
@@ -117,7 +119,7 @@ pub fn adapt(mut spec: Spec, guest: &Guest<'_>) -> Result<Adapted, SpecError> {
     spec.set_mounts(Some(mounts));
 
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
-    let own_uts = adapt_namespaces(&mut linux)?;
+    let own_uts = adapt_namespaces(&mut linux, guest.pid_namespace.as_ref())?;
     let resources = linux.resources().clone().unwrap_or_default();
     linux.set_resources(None);
     let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
@@ -244,8 +246,14 @@ fn no_capabilities() -> LinuxCapabilities {
 }
 
 /// Leaves the namespaces that a container has of its own; returns whether it was to have a UTS namespace.
-fn adapt_namespaces(linux: &mut oci_spec::runtime::Linux) -> Result<bool, SpecError> {
+fn adapt_namespaces(
+    linux: &mut oci_spec::runtime::Linux,
+    pid_namespace: Option<&PathBuf>,
+) -> Result<bool, SpecError> {
     let mut own = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
+    if pid_namespace.is_some() {
+        own.push(LinuxNamespaceType::Pid);
+    }
     let mut uts = false;
     for namespace in linux.namespaces().iter().flatten() {
         match namespace.typ() {
@@ -266,9 +274,13 @@ fn adapt_namespaces(linux: &mut oci_spec::runtime::Linux) -> Result<bool, SpecEr
         .set_uid_mappings(None)
         .set_gid_mappings(None)
         .set_time_offsets(None);
-    let namespaces = own
-        .into_iter()
-        .map(|kind| LinuxNamespaceBuilder::default().typ(kind).build());
+    let namespaces = own.into_iter().map(|kind| {
+        let namespace = LinuxNamespaceBuilder::default().typ(kind);
+        match pid_namespace {
+            Some(path) if kind == LinuxNamespaceType::Pid => namespace.path(path).build(),
+            _ => namespace.build(),
+        }
+    });
     let namespaces: Result<Vec<_>, _> = namespaces.collect();
     linux.set_namespaces(Some(
         namespaces.map_err(|error| invalid("linux.namespaces", &error.to_string()))?,

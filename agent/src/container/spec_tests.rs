@@ -50,6 +50,7 @@ fn adapted(spec: Value) -> Result<Adapted, SpecError> {
         root: Path::new("/run/bulkhead/shared/c1/rootfs"),
         cgroup: "/bulkhead/c1".into(),
         terminal: true,
+        pid_namespace: None,
         device: &device,
     };
     adapt(serde_json::from_value(spec).unwrap(), &guest)

@@ -197,6 +197,7 @@ impl Guest {
         let request = proto::SetupSandboxRequest {
             sandbox_id: "pod".into(),
             hostname: "pod-host".into(),
+            files: [("resolv.conf".to_owned(), b"nameserver 192.0.2.1\n".to_vec())].into(),
             ..Default::default()
         };
         guest.client.setup_sandbox(context(), &request).await.unwrap();
@@ -236,6 +237,17 @@ impl Guest {
     }
 
     pub async fn create(&self, id: &str, spec: &Value, streams: &proto::Streams) -> ttrpc::Result<u32> {
+        self.create_sharing(id, spec, streams, None).await
+    }
+
+    /// Creates a container in a pid namespace that is not its own.
+    pub async fn create_sharing(
+        &self,
+        id: &str,
+        spec: &Value,
+        streams: &proto::Streams,
+        pid_namespace: Option<proto::pid_namespace::Kind>,
+    ) -> ttrpc::Result<u32> {
         let mut root = proto::RootFilesystem::new();
         root.set_shared_path("/run/bulkhead/shared/rootfs".into());
         let request = proto::CreateContainerRequest {
@@ -243,6 +255,12 @@ impl Guest {
             spec_json: serde_json::to_vec(spec).unwrap(),
             root: Some(root).into(),
             streams: Some(streams.clone()).into(),
+            pid_namespace: pid_namespace
+                .map(|kind| proto::PidNamespace {
+                    kind: Some(kind),
+                    ..Default::default()
+                })
+                .into(),
             ..Default::default()
         };
         Ok(self.client.create_container(context(), &request).await?.pid)

@@ -7,6 +7,7 @@ mod containers;
 mod disks;
 mod harness;
 mod isolation;
+mod pod;
 mod processes;
 mod specs;
 
@@ -45,6 +46,10 @@ const TESTS: &[Test] = tests![
     processes::exits_come_in_order,
     processes::an_orphan_does_not_hold_the_exit,
     processes::terminal_of_an_exec,
+    pod::shared_pid_namespace,
+    pod::pid_namespace_of_another_container,
+    pod::process_one_is_out_of_reach,
+    pod::files_for_containers,
     isolation::namespaces_and_names,
     isolation::users_and_capabilities,
     isolation::seccomp_also_for_additional_processes,
@@ -54,6 +59,10 @@ const TESTS: &[Test] = tests![
 ];
 
 fn main() {
+    // The agent executes its own program, here this one, as process 1 of a shared pid namespace.
+    if std::env::args().eq(["/pause"]) {
+        bulkhead_agent::container::pause::run();
+    }
     // SAFETY: asks for the user id.
     assert_eq!(unsafe { libc::geteuid() }, 0, "these tests need root");
     let filters: Vec<String> = std::env::args()
