@@ -97,6 +97,19 @@ impl Agent {
         Ok(hello)
     }
 
+    /// Checks that the agent answers.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after `limit`, or the end of the VM.
+    pub async fn ping(&self, limit: Duration) -> Result<(), Error> {
+        let request = HelloRequest {
+            version: agent::VERSION,
+            ..HelloRequest::default()
+        };
+        let hello = self.client.hello(Context::default(), &request);
+        self.call("ping", limit, hello).await.map(drop)
+    }
+
     /// Names the guest and mounts the shared tree. Can be asked before the agent serves.
     ///
     /// # Errors

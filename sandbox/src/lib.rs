@@ -28,7 +28,8 @@ pub use bulkhead_protocol::agent::ContainerStatsResponse as ContainerStats;
 pub use error::{Error, Kind};
 pub use process::{Exit, Status};
 pub use sandbox::{
-    ContainerRequest, EventSink, ExecRequest, ProcessInfo, ProcessState, Sandbox, SandboxEvent,
+    ContainerRequest, EventSink, ExecRequest, PidNamespace, ProcessInfo, ProcessState, Sandbox, SandboxEvent,
     SandboxOptions,
 };
+pub use spec::Role;
 pub use streams::{Stdio, Stream};

@@ -18,6 +18,7 @@ use crate::journal::Journal;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
+use crate::spec::Role;
 use crate::storage::SharedTree;
 use crate::streams::{ProcessStreams, StreamTable};
 use crate::timeline::Timeline;
@@ -110,6 +111,8 @@ pub struct SandboxOptions {
     pub sysctls: HashMap<String, String>,
     /// Size of the pod's `/dev/shm` in bytes.
     pub shm_size: u64,
+    /// Files that containers get on `/etc/<name>` unless they have a mount there.
+    pub files: HashMap<String, Vec<u8>>,
     /// `oom_score_adj` of the VMM.
     pub oom_score_adj: i32,
     /// The pod's cgroup; the calling process is in it already.
@@ -145,8 +148,22 @@ pub struct ContainerRequest {
     pub root: Vec<Mount>,
     /// Host ends of the init process's streams.
     pub stdio: crate::streams::Stdio,
-    /// The container stands for the sandbox itself: no process runs for it in the guest.
-    pub is_sandbox: bool,
+    /// What it is. No process runs in the guest for the container that stands for the sandbox.
+    pub role: Role,
+    /// Which processes it sees.
+    pub pid_namespace: PidNamespace,
+}
+
+/// A container's pid namespace in the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// Its own.
+    #[default]
+    Own,
+    /// The one that containers of the pod share.
+    Pod,
+    /// That of a running container, by id.
+    Container(String),
 }
 
 /// A process to add to a container.
@@ -231,6 +248,7 @@ struct Inner {
     hostname: String,
     sysctls: HashMap<String, String>,
     shm_size: u64,
+    files: HashMap<String, Vec<u8>>,
     oom_score_adj: i32,
     cgroup: Option<Cgroup>,
     home_cgroup: Option<PathBuf>,
@@ -243,6 +261,8 @@ struct Inner {
     /// Absent when the sandbox was refused.
     tree: Option<SharedTree>,
     boot: watch::Sender<Boot>,
+    /// Set when the VM has ended or will never be.
+    end: watch::Sender<Option<Exit>>,
     stopping: AtomicBool,
 }
 
@@ -280,6 +300,7 @@ impl Sandbox {
             hostname: options.hostname,
             sysctls: options.sysctls,
             shm_size: options.shm_size,
+            files: options.files,
             oom_score_adj: options.oom_score_adj,
             cgroup: options.cgroup,
             home_cgroup: options.home_cgroup,
@@ -294,12 +315,14 @@ impl Sandbox {
             streams: StreamTable::default(),
             tree,
             boot: watch::Sender::new(Boot::Pending),
+            end: watch::Sender::new(None),
             stopping: AtomicBool::new(false),
             config: options.config,
         }));
         match refusal {
             Some(error) => {
                 sandbox.0.boot.send_replace(Boot::Failed(Arc::new(error)));
+                sandbox.0.end.send_replace(Some(killed_now()));
             }
             None => {
                 let booting = sandbox.clone();
@@ -427,10 +450,7 @@ impl Sandbox {
         }
         // What the guest wrote before its end is in the FIFOs: nothing more will come.
         self.0.streams.all_ended();
-        let exit = Exit {
-            status: KILLED,
-            at_ns: now_ns(),
-        };
+        let exit = killed_now();
         let mut state = self.lock();
         for (id, record) in &mut state.containers {
             let alive = record.machine.is_alive();
@@ -446,13 +466,18 @@ impl Sandbox {
                 }
             }
         }
+        drop(state);
+        // Last: whoever waits for it finds every container ended.
+        self.0.end.send_replace(Some(if expected {
+            Exit { status: 0, ..exit }
+        } else {
+            exit
+        }));
     }
 
-    /// Ends the VM and gives back everything the sandbox has acquired. Waits until it is done.
-    ///
-    /// # Errors
-    /// What could not be given back; the journal stays then.
-    pub async fn stop(&self) -> Result<(), Error> {
+    /// Ends the VM, and with it every container; what the sandbox has acquired on the host stays. An orderly end,
+    /// which a guest with writable disks gets, may take `limit`.
+    pub async fn halt(&self, limit: Duration) {
         self.0.stopping.store(true, Ordering::Relaxed);
         // A boot under way sees the flag, or finds its VM killed.
         if let Some(vm) = self.vm_now() {
@@ -464,11 +489,19 @@ impl Sandbox {
                         .await?;
                     Ok::<_, Error>(vm.ended().await)
                 };
-                let _ = tokio::time::timeout(SHUTDOWN_LIMIT, ended).await;
+                let _ = tokio::time::timeout(limit, ended).await;
             }
             vm.kill();
             let _ = tokio::time::timeout(SHUTDOWN_LIMIT, vm.ended()).await;
         }
+    }
+
+    /// Ends the VM and gives back everything the sandbox has acquired. Waits until it is done.
+    ///
+    /// # Errors
+    /// What could not be given back; the journal stays then.
+    pub async fn stop(&self) -> Result<(), Error> {
+        self.halt(SHUTDOWN_LIMIT).await;
         self.lock().containers.clear();
         if let Some(tree) = &self.0.tree {
             // What is left of the containers goes with it.
@@ -487,6 +520,14 @@ impl Sandbox {
             .take();
         journal.map_or(Ok(()), Journal::finish)?;
         Ok(())
+    }
+}
+
+/// The exit of what ends with the VM.
+fn killed_now() -> Exit {
+    Exit {
+        status: KILLED,
+        at_ns: now_ns(),
     }
 }
 

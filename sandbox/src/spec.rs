@@ -8,8 +8,13 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount as OciMount, Process, Spec};
 use crate::error::Kind;
 use crate::mount::{self, MountError, ParsedOptions};
 
+mod pod;
+mod refuse;
 #[cfg(test)]
 mod tests;
+
+pub use pod::{GUEST_FILES, add_mounts};
+pub use refuse::{Role, check};
 
 /// Where the guest mounts the shared tree.
 pub const GUEST_SHARED: &str = "/run/bulkhead/shared";
@@ -23,17 +28,6 @@ pub const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 /// Mount types the guest's own kernel provides.
 const GUEST_TYPES: [&str; 9] = [
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs", "ramfs",
-];
-
-/// Device nodes every container has, in the guest as on the host.
-const STANDARD_DEVICES: [&str; 7] = [
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/ptmx",
 ];
 
 /// Why a specification is refused.
@@ -198,8 +192,8 @@ pub struct Rewritten {
     pub volumes: Vec<Volume>,
 }
 
-/// Rewrites `spec` of container `id` for the guest: bind mounts become volumes of the shared tree, and
-/// fields that mean the host are removed or refused. `probe` looks at a path on the host.
+/// Rewrites `spec` of container `id`, which [`check`] accepts, for the guest: bind mounts become volumes of the
+/// shared tree, and fields that mean the host are removed. `probe` looks at a path on the host.
 ///
 /// # Errors
 /// [`SpecError`], naming the field.
@@ -208,8 +202,6 @@ pub fn rewrite(
     id: &str,
     probe: impl Fn(&Path) -> std::io::Result<SourceKind>,
 ) -> Result<Rewritten, SpecError> {
-    refuse_hooks(&spec)?;
-    refuse_devices(&spec)?;
     let mut volumes = Vec::new();
     if let Some(mounts) = spec.mounts_mut() {
         for mount in mounts {
@@ -237,43 +229,6 @@ pub fn rewrite_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
     let mut process: Process = serde_json::from_slice(json).map_err(SpecError::Process)?;
     process.set_apparmor_profile(None).set_selinux_label(None);
     serde_json::to_vec(&process).map_err(SpecError::Encode)
-}
-
-fn refuse_hooks(spec: &Spec) -> Result<(), SpecError> {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let text = serde_json::to_value(hooks).map_err(SpecError::Encode)?;
-    let used = text.as_object().and_then(|kinds| {
-        kinds
-            .iter()
-            .find(|(_, list)| list.as_array().is_some_and(|list| !list.is_empty()))
-    });
-    match used {
-        None => Ok(()),
-        Some((kind, _)) => Err(SpecError::Unsupported {
-            field: "hooks",
-            what: kind.clone(),
-            reason: "this version runs no OCI hooks",
-        }),
-    }
-}
-
-fn refuse_devices(spec: &Spec) -> Result<(), SpecError> {
-    let devices = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
-    let foreign = devices.and_then(|list| {
-        list.iter().find(|device| {
-            !STANDARD_DEVICES
-                .iter()
-                .any(|path| device.path() == Path::new(path))
-        })
-    });
-    match foreign {
-        None => Ok(()),
-        Some(device) => Err(SpecError::Unsupported {
-            field: "linux.devices",
-            what: device.path().display().to_string(),
-            reason: "devices of the host cannot be passed to the virtual machine",
-        }),
-    }
 }
 
 fn rewrite_mount(
@@ -307,7 +262,7 @@ fn rewrite_mount(
             .set_source(Some(GUEST_SHM.into()));
         return Ok(None);
     }
-    if source == Path::new("/dev") || source.starts_with("/dev/") {
+    if source == Path::new("/dev") || source.starts_with("/dev/") || pod::is_file(&source) {
         // As with Kata: a path below /dev names the guest's device, not the host's.
         mount.set_typ(Some("bind".into()));
         return Ok(None);

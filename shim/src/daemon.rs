@@ -188,6 +188,7 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
         hostname: spec.hostname().clone().unwrap_or_default(),
         sysctls: sysctls.unwrap_or_default(),
         shm_size: spec::shm_size(&spec),
+        files: std::collections::HashMap::new(),
         oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0),
         cgroup,
         home_cgroup,

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bulkhead_sandbox::mount::Mount;
-use bulkhead_sandbox::{ContainerRequest, Error, ExecRequest, Exit, Sandbox, Status, Stdio, spec};
+use bulkhead_sandbox::{
+    ContainerRequest, Error, ExecRequest, Exit, PidNamespace, Role, Sandbox, Status, Stdio, spec,
+};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task as TaskService;
@@ -82,8 +84,12 @@ impl Service {
     async fn create_container(&self, request: &api::CreateTaskRequest, paths: &Paths) -> Result<()> {
         let bundle = PathBuf::from(&request.bundle);
         let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
-        let is_sandbox = self.sandbox_container.as_deref() == Some(&request.id);
-        let stdio = if is_sandbox {
+        let role = match &self.sandbox_container {
+            None => Role::Single,
+            Some(id) if *id == request.id => Role::Sandbox,
+            Some(_) => Role::Container,
+        };
+        let stdio = if role == Role::Sandbox {
             Stdio::default()
         } else {
             self.open_streams(&request.id, paths).await?
@@ -104,7 +110,8 @@ impl Service {
             bundle,
             root,
             stdio,
-            is_sandbox,
+            role,
+            pid_namespace: PidNamespace::Own,
         };
         self.sandbox
             .create(container)

@@ -29,7 +29,11 @@ impl Sandbox {
                 Boot::Failed(Arc::new(error))
             }
         };
+        let failed = matches!(state, Boot::Failed(_));
         self.0.boot.send_replace(state);
+        if failed && self.vm_now().is_none() {
+            self.0.end.send_replace(Some(killed_now()));
+        }
     }
 
     /// Reads top to bottom as the order of the start.
@@ -189,6 +193,7 @@ impl Sandbox {
             shared_tag: SHARE_TAG.into(),
             sysctls: self.0.sysctls.clone(),
             shm_size: self.0.shm_size,
+            files: self.0.files.clone(),
             ..SetupSandboxRequest::default()
         }
     }

@@ -25,7 +25,7 @@ impl Sandbox {
             }
             state
                 .containers
-                .insert(id.clone(), Record::new(&id, request.is_sandbox));
+                .insert(id.clone(), Record::new(&id, request.role == Role::Sandbox));
         }
         let result = self.create_registered(request).await;
         match &result {
@@ -50,15 +50,20 @@ impl Sandbox {
     async fn create_registered(&self, request: ContainerRequest) -> Result<(), Error> {
         let ContainerRequest {
             id,
-            spec,
+            mut spec,
             bundle,
             root,
             stdio,
-            is_sandbox,
+            role,
+            pid_namespace,
         } = request;
-        if is_sandbox {
+        spec::check(&spec, role)?;
+        if role == Role::Sandbox {
             drop(stdio);
-            return self.guest().await.map(drop);
+            return self.ready().await;
+        }
+        if role == Role::Container {
+            spec::add_mounts(&mut spec, self.0.files.keys().map(String::as_str));
         }
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
@@ -86,6 +91,7 @@ impl Sandbox {
             spec_json: rewritten.json,
             root: Some(root).into(),
             streams: Some(streams).into(),
+            pid_namespace: pid_namespace_message(pid_namespace).into(),
             ..CreateContainerRequest::default()
         };
         guest.agent.create_container(&message).await.map(drop)
@@ -393,4 +399,17 @@ impl Sandbox {
             let _ = tokio::task::spawn_blocking(move || tree.remove(&id)).await;
         }
     }
+}
+
+fn pid_namespace_message(namespace: PidNamespace) -> Option<agent::PidNamespace> {
+    use agent::pid_namespace::Kind;
+    let kind = match namespace {
+        PidNamespace::Own => return None,
+        PidNamespace::Pod => Kind::Pod(agent::PodPidNamespace::new()),
+        PidNamespace::Container(id) => Kind::Container(id),
+    };
+    Some(agent::PidNamespace {
+        kind: Some(kind),
+        ..agent::PidNamespace::default()
+    })
 }

@@ -9,6 +9,60 @@ use super::*;
 use crate::error::Kind;
 
 impl Sandbox {
+    /// Waits until containers can be created.
+    ///
+    /// # Errors
+    /// Why the sandbox did not start, or that it has ended.
+    pub async fn ready(&self) -> Result<(), Error> {
+        self.guest().await.map(drop)
+    }
+
+    /// Whether containers can be created now.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.agent_now().is_ok() && !self.0.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Asks the guest's agent for a sign of life.
+    ///
+    /// # Errors
+    /// The agent does not serve, has not answered within `limit`, or the VM has ended.
+    pub async fn ping(&self, limit: Duration) -> Result<(), Error> {
+        self.agent_now()?.ping(limit).await
+    }
+
+    /// Waits for the end of the VM; at once if it could not be started. The status is 0 after an end that was
+    /// asked for.
+    pub async fn ended(&self) -> Exit {
+        let mut end = self.0.end.subscribe();
+        let exit = end.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        exit.unwrap_or_else(killed_now)
+    }
+
+    /// How the VM ended, if it has.
+    #[must_use]
+    pub fn end(&self) -> Option<Exit> {
+        *self.0.end.borrow()
+    }
+
+    /// Process id of the VMM, once there is one.
+    #[must_use]
+    pub fn vmm_pid(&self) -> Option<i32> {
+        self.vm_now().map(|vm| vm.process().pid)
+    }
+
+    /// Configuration the VM was started with.
+    #[must_use]
+    pub fn configuration(&self) -> &Configuration {
+        &self.0.config
+    }
+
+    /// Counters of the pod's cgroup on the host, in which the VM is.
+    #[must_use]
+    pub fn pod_stats(&self) -> ContainerStatsResponse {
+        self.0.cgroup.as_ref().map(Cgroup::stats).unwrap_or_default()
+    }
+
     /// A process's state.
     ///
     /// # Errors
@@ -221,7 +275,7 @@ impl Sandbox {
     /// [`Error::NoContainer`], or the agent's reason.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, Error> {
         if self.with(id, |record| Ok(record.is_sandbox))? {
-            return Ok(self.0.cgroup.as_ref().map(Cgroup::stats).unwrap_or_default());
+            return Ok(self.pod_stats());
         }
         let request = ContainerStatsRequest {
             container_id: id.into(),
