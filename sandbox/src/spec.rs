@@ -131,6 +131,16 @@ pub fn network_namespace(spec: &Spec) -> Result<NetworkNamespace, SpecError> {
     })
 }
 
+/// The pid namespace the specification joins, if it joins one.
+#[must_use]
+pub fn pid_namespace_path(spec: &Spec) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let pid = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
+    pid.path().as_deref().filter(|path| !path.as_os_str().is_empty())
+}
+
 /// The specification's annotations.
 #[must_use]
 pub fn annotations(spec: &Spec) -> HashMap<String, String> {

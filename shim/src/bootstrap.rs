@@ -138,6 +138,16 @@ mod tests {
         assert_eq!(parse(&input, "other", "ns"), Bootstrap::default());
     }
 
+    /// containerd 2.3 and later first try to read the reply of `start` as a message, then as JSON.
+    #[test]
+    fn a_plain_address_is_not_taken_for_another_reply() {
+        use containerd_shim_protos::bootstrap_api::BootstrapResult;
+        let address =
+            "unix:///run/containerd/s/cfa94b04d543b3f64f78eff8125c7a7cd0903173f673d87367be72ff09fc92c2";
+        assert!(BootstrapResult::parse_from_bytes(address.as_bytes()).is_err());
+        assert!(serde_json::from_str::<serde_json::Value>(address).is_err());
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_answered(input in proptest::collection::vec(any::<u8>(), 0..200)) {

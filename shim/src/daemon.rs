@@ -12,21 +12,19 @@ use bulkhead_sandbox::config::Configuration;
 use bulkhead_sandbox::error::chain;
 use bulkhead_sandbox::journal::{Entry, Journal, Role};
 use bulkhead_sandbox::network::{self, GuestNetwork};
-use bulkhead_sandbox::spec::{self, NetworkNamespace};
+use bulkhead_sandbox::spec::NetworkNamespace;
 use bulkhead_sandbox::timeline::Timeline;
-use bulkhead_sandbox::{Error, Sandbox, SandboxOptions, mount, spawn};
+use bulkhead_sandbox::{Error, mount, spawn};
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use oci_spec::runtime::Spec;
-use tokio::sync::Notify;
 use ttrpc::asynchronous::Server;
 
 use crate::args::Args;
 use crate::events::{Publisher, Tasks};
-use crate::group::Group;
-use crate::logging;
-use crate::service::Service;
-use crate::start;
+use crate::pod::{Kind, Parts, Pod, Wanted};
+use crate::{logging, sandbox_service, service, start};
 
 /// Service names under which containerd calls tasks: version 2 for the plain address that `start` prints,
 /// version 3 for clients that try it first. The messages are the same.
@@ -35,28 +33,36 @@ const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task
 /// How long the last events may take to reach containerd.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
+/// The first container of the task API, for which the sandbox is made at once.
+pub struct First {
+    /// Its specification.
+    pub spec: Spec,
+    /// What it is.
+    pub kind: Kind,
+    /// Configuration, annotations applied.
+    pub config: Configuration,
+    /// The pod's network namespace.
+    pub network: NetworkNamespace,
+    /// The pod's cgroup, which this process is in.
+    pub cgroup: Option<Cgroup>,
+}
+
 /// What `start` hands over.
 pub struct Daemon {
     /// Command line of `start`.
     pub args: Args,
-    /// Configuration, annotations applied.
+    /// Configuration, annotations not applied.
     pub config: Configuration,
-    /// Specification of the first container.
-    pub spec: Spec,
-    /// Its bundle.
+    /// Bundle of the first container, or of the sandbox.
     pub bundle: PathBuf,
-    /// Its place.
-    pub group: Group,
+    /// Absent: the Sandbox API will tell what to make.
+    pub first: Option<First>,
     /// Listens on the sandbox's address.
     pub listener: UnixListener,
     /// The sandbox's journal.
     pub journal: Journal,
-    /// The pod's cgroup, which this process is in.
-    pub cgroup: Option<Cgroup>,
-    /// Where it was before.
+    /// Where this process was before it came into the pod's cgroup.
     pub home_cgroup: Option<PathBuf>,
-    /// The pod's network namespace.
-    pub network: NetworkNamespace,
     /// containerd's ttrpc socket.
     pub ttrpc_address: Option<String>,
     /// When `start` began (`CLOCK_MONOTONIC`, microseconds).
@@ -87,7 +93,7 @@ pub fn run(daemon: Daemon) -> ! {
     let _ = nix::unistd::chdir("/");
     ignore_signals();
     set_oom_score_adj();
-    let entered = enter_namespaces(&daemon);
+    let entered = enter_namespaces(daemon.first.as_ref().map(|first| &first.network));
     let code = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(serve(daemon, entered)),
         Err(error) => {
@@ -118,18 +124,21 @@ fn set_oom_score_adj() {
     }
 }
 
-/// The pod's network namespace, and a mount namespace whose mounts end with this process and its VMM.
-fn enter_namespaces(daemon: &Daemon) -> Result<GuestNetwork, Error> {
+/// A mount namespace whose mounts end with this process and its VMM, and the pod's network namespace, if it is
+/// known yet.
+fn enter_namespaces(network: Option<&NetworkNamespace>) -> Result<GuestNetwork, Error> {
     use nix::mount::MsFlags;
-    network::enter(&daemon.network)?;
+    if let Some(network) = network {
+        network::enter(network)?;
+    }
     let none: Option<&str> = None;
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .and_then(|()| nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none))
         .map_err(|errno| mount::MountError::Open("/".into(), errno))?;
-    match daemon.network {
+    match network {
+        Some(NetworkNamespace::Path(_)) => Ok(network::attach()?),
         // A new namespace has nothing but loopback, and the guest has its own.
-        NetworkNamespace::Fresh => Ok(GuestNetwork::default()),
-        NetworkNamespace::Path(_) => Ok(network::attach()?),
+        Some(NetworkNamespace::Fresh) | None => Ok(GuestNetwork::default()),
     }
 }
 
@@ -137,14 +146,13 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
     let Daemon {
         args,
         config,
-        spec,
         bundle,
-        group,
+        first,
         listener,
         journal,
-        cgroup,
         home_cgroup,
-        ..
+        ttrpc_address,
+        started_us,
     } = daemon;
     let pid = std::process::id();
     let recorded = i32::try_from(pid).ok().and_then(|pid| {
@@ -167,47 +175,43 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
             .as_ref()
             .map(|dir| dir.join(format!("{}.json", args.id))),
     );
-    timeline.mark_at("shim_start", daemon.started_us);
+    timeline.mark_at("shim_start", started_us);
     timeline.mark("shim_ready");
 
-    let (network, refusal) = match entered {
-        Ok(network) => (network, None),
-        Err(error) => (GuestNetwork::default(), Some(error)),
-    };
     let tasks = Tasks::default();
-    let publisher = Publisher::start(daemon.ttrpc_address, args.namespace.clone(), Arc::clone(&tasks));
-    let process = spec.process().as_ref();
-    let is_pod = group == Group::Sandbox;
-    let sysctls = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.sysctl().clone())
-        .filter(|_| is_pod);
-    let options = SandboxOptions {
-        id: args.id.clone(),
-        hostname: spec.hostname().clone().unwrap_or_default(),
-        sysctls: sysctls.unwrap_or_default(),
-        shm_size: spec::shm_size(&spec),
-        files: std::collections::HashMap::new(),
-        oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0),
-        cgroup,
-        home_cgroup,
-        journal,
-        network,
-        timeline,
+    let publisher = Publisher::start(ttrpc_address, args.namespace.clone(), Arc::clone(&tasks));
+    let parts = Parts {
         config,
+        journal,
+        timeline,
+        home_cgroup,
     };
-    let sandbox = Sandbox::start(options, publisher.clone(), refusal);
-    let shutdown = Arc::new(Notify::new());
-    let service = Service::new(
-        sandbox.clone(),
-        args.namespace,
-        tasks,
-        is_pod.then(|| args.id.clone()),
-        (bundle, spec),
-        Arc::clone(&shutdown),
-    );
-    let mut server = match server(listener, Arc::new(service)) {
+    let pod = Arc::new(Pod::new(args.id.clone(), args.namespace, tasks, publisher, parts));
+    let first = match (first, entered) {
+        (Some(first), entered) => {
+            let (network, refusal) = match entered {
+                Ok(network) => (network, None),
+                Err(error) => (GuestNetwork::default(), Some(error)),
+            };
+            let wanted = Wanted {
+                kind: first.kind,
+                config: first.config,
+                cgroup: first.cgroup,
+                network,
+                files: std::collections::HashMap::new(),
+            };
+            pod.make(&first.spec, wanted, refusal);
+            Some((bundle.clone(), first.spec))
+        }
+        (None, Ok(_)) => None,
+        (None, Err(error)) => {
+            log::error!("{}", chain(&error));
+            return 1;
+        }
+    };
+    let task = Arc::new(service::Service::new(Arc::clone(&pod), first));
+    let sandbox = Arc::new(sandbox_service::Service::new(Arc::clone(&pod), bundle));
+    let mut server = match server(listener, task, sandbox) {
         Ok(server) => server,
         Err(error) => {
             log::error!("cannot serve: {error}");
@@ -218,31 +222,35 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
         log::error!("cannot serve: {error}");
         return 1;
     }
-    shutdown.notified().await;
+    pod.shutdown.notified().await;
     log::debug!("shutting down");
-    let stopped = sandbox.stop().await;
+    let stopped = pod.stop().await;
     if let Err(error) = &stopped {
         log::error!("sandbox {}: {}", args.id, chain(error));
     }
-    publisher.flush(FLUSH_LIMIT).await;
+    pod.publisher.flush(FLUSH_LIMIT).await;
     i32::from(stopped.is_err())
 }
 
-/// The task service on `listener`. The socket is only for its owner, and so is its directory: no other
+/// The task and sandbox services on `listener`. The socket is only for its owner, and so is its directory: no other
 /// user can connect.
-fn server(listener: UnixListener, service: Arc<Service>) -> Result<Server, ttrpc::Error> {
+fn server(
+    listener: UnixListener,
+    task: Arc<service::Service>,
+    sandbox: Arc<sandbox_service::Service>,
+) -> Result<Server, ttrpc::Error> {
     listener
         .set_nonblocking(true)
         .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
     // SAFETY: the descriptor is a listening Unix socket and its ownership goes to the server.
     let mut server = unsafe { Server::new().add_unix_listener(listener.into_raw_fd())? };
     for name in SERVICES {
-        let generated = create_task(service.clone());
+        let generated = create_task(task.clone());
         let services = generated
             .into_values()
             .map(|methods| (name.to_owned(), methods))
             .collect();
         server = server.register_service(services);
     }
-    Ok(server)
+    Ok(server.register_service(create_sandbox(sandbox)))
 }

@@ -17,6 +17,7 @@ use protobuf::{Message, MessageFull};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::context::Context;
 
+use crate::anchor::Anchor;
 use crate::io::Paths;
 
 /// Most events that wait for containerd.
@@ -39,6 +40,18 @@ pub struct Task {
     pub paths: Paths,
     /// Streams of added processes.
     pub execs: HashMap<String, Paths>,
+    /// Stands for it on the host; absent: this process does.
+    pub anchor: Option<Arc<Anchor>>,
+}
+
+impl Task {
+    /// Its process id on the host.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.anchor
+            .as_ref()
+            .map_or_else(std::process::id, |anchor| anchor.id())
+    }
 }
 
 /// Tasks by container id.
@@ -80,6 +93,11 @@ impl Publisher {
         let _ = tokio::time::timeout(limit, flushed).await;
     }
 
+    fn task(&self, container: &str) -> Task {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.get(container).cloned().unwrap_or_default()
+    }
+
     fn publish<M: Message + MessageFull>(&self, topic: &str, message: &M) {
         let envelope = Envelope {
             timestamp: Some(timestamp(now_ns())).into(),
@@ -96,16 +114,10 @@ impl Publisher {
 
 impl EventSink for Publisher {
     fn event(&self, event: SandboxEvent) {
-        let pid = std::process::id();
         match event {
             SandboxEvent::Created { container } => {
-                let task = self
-                    .tasks
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .get(&container)
-                    .cloned();
-                let task = task.unwrap_or_default();
+                let task = self.task(&container);
+                let pid = task.pid();
                 let io = event::TaskIO {
                     stdin: task.paths.stdin,
                     stdout: task.paths.stdout,
@@ -124,6 +136,7 @@ impl EventSink for Publisher {
                 self.publish(topics::TASK_CREATE_EVENT_TOPIC, &message);
             }
             SandboxEvent::Started { container, exec } if exec.is_empty() => {
+                let pid = self.task(&container).pid();
                 let message = event::TaskStart {
                     container_id: container,
                     pid,
@@ -132,6 +145,7 @@ impl EventSink for Publisher {
                 self.publish(topics::TASK_START_EVENT_TOPIC, &message);
             }
             SandboxEvent::Started { container, exec } => {
+                let pid = self.task(&container).pid();
                 let message = event::TaskExecStarted {
                     container_id: container,
                     exec_id: exec,
@@ -153,6 +167,7 @@ impl EventSink for Publisher {
                 exec,
                 exit,
             } => {
+                let pid = self.task(&container).pid();
                 let message = event::TaskExit {
                     id: if exec.is_empty() { container.clone() } else { exec },
                     container_id: container,
@@ -185,6 +200,7 @@ impl EventSink for Publisher {
                 self.publish(topics::TASK_RESUMED_EVENT_TOPIC, &message);
             }
             SandboxEvent::Deleted { container, exit } => {
+                let pid = self.task(&container).pid();
                 let message = event::TaskDelete {
                     container_id: container,
                     pid,

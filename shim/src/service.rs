@@ -14,12 +14,13 @@ use containerd_shim_protos::shim_async::Task as TaskService;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::proto::Code;
 
-use crate::events::{self, Task, Tasks, any};
+use crate::anchor::{self, Anchor};
+use crate::events::{self, Task, any};
 use crate::io::{self, Owner, Paths};
+use crate::pod::{Kind, Pod};
 use crate::stats;
 use crate::status::{from_sandbox, status};
 
@@ -28,39 +29,49 @@ type Empty = api::Empty;
 
 /// The service. One server serves every container of a pod.
 pub struct Service {
-    sandbox: Sandbox,
-    namespace: String,
-    tasks: Tasks,
-    /// Id of the container that stands for the sandbox; absent: a stand-alone container.
-    sandbox_container: Option<String>,
+    pod: Arc<Pod>,
     /// The first bundle and its specification, read before the server was there.
     first: Mutex<Option<(PathBuf, Spec)>>,
-    shutdown: Arc<Notify>,
 }
 
 impl Service {
-    /// Serves `sandbox`. `shutdown` is told when containerd wants the server to end.
+    /// Serves `pod`.
     #[must_use]
-    pub fn new(
-        sandbox: Sandbox,
-        namespace: String,
-        tasks: Tasks,
-        sandbox_container: Option<String>,
-        first: (PathBuf, Spec),
-        shutdown: Arc<Notify>,
-    ) -> Self {
+    pub fn new(pod: Arc<Pod>, first: Option<(PathBuf, Spec)>) -> Self {
         Self {
-            sandbox,
-            namespace,
-            tasks,
-            sandbox_container,
-            first: Mutex::new(Some(first)),
-            shutdown,
+            pod,
+            first: Mutex::new(first),
+        }
+    }
+
+    fn sandbox(&self) -> Result<&Sandbox> {
+        self.pod.sandbox()
+    }
+
+    /// Process id of a container on the host.
+    fn pid(&self, id: &str) -> u32 {
+        self.tasks().get(id).map_or_else(std::process::id, Task::pid)
+    }
+
+    /// Which processes a container sees: in a pod, the path of its pid namespace names the sandbox's process or
+    /// another container's.
+    fn pid_namespace(&self, spec: &Spec, role: Role) -> PidNamespace {
+        let Some(path) = spec::pid_namespace_path(spec).filter(|_| role == Role::Container) else {
+            return PidNamespace::Own;
+        };
+        let anchor = anchor::id_of(path);
+        let tasks = self.tasks();
+        let target = tasks
+            .iter()
+            .find(|(_, task)| task.anchor.is_some() && anchor == Some(task.pid()));
+        match target {
+            Some((id, _)) => PidNamespace::Container(id.clone()),
+            None => PidNamespace::Pod,
         }
     }
 
     fn tasks(&self) -> MutexGuard<'_, std::collections::HashMap<String, Task>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pod.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn spec_of(&self, bundle: &Path) -> std::result::Result<Spec, Error> {
@@ -74,9 +85,9 @@ impl Service {
     async fn open_streams(&self, container: &str, paths: &Paths) -> Result<Stdio> {
         let owner = Owner {
             container,
-            namespace: &self.namespace,
+            namespace: &self.pod.namespace,
         };
-        io::open(paths, owner, Some(self.sandbox.timeline()))
+        io::open(paths, owner, Some(self.sandbox()?.timeline()))
             .await
             .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
     }
@@ -84,11 +95,8 @@ impl Service {
     async fn create_container(&self, request: &api::CreateTaskRequest, paths: &Paths) -> Result<()> {
         let bundle = PathBuf::from(&request.bundle);
         let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
-        let role = match &self.sandbox_container {
-            None => Role::Single,
-            Some(id) if *id == request.id => Role::Sandbox,
-            Some(_) => Role::Container,
-        };
+        let role = self.pod.role(&request.id)?;
+        let pid_namespace = self.pid_namespace(&spec, role);
         let stdio = if role == Role::Sandbox {
             Stdio::default()
         } else {
@@ -111,17 +119,13 @@ impl Service {
             root,
             stdio,
             role,
-            pid_namespace: PidNamespace::Own,
+            pid_namespace,
         };
-        self.sandbox
+        self.sandbox()?
             .create(container)
             .await
             .map_err(|error| from_sandbox(&error))
     }
-}
-
-fn pid() -> u32 {
-    std::process::id()
 }
 
 fn exited_at(exit: Exit) -> MessageField<Timestamp> {
@@ -132,10 +136,11 @@ fn exited_at(exit: Exit) -> MessageField<Timestamp> {
 impl TaskService for Service {
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
         let state = self
-            .sandbox
+            .sandbox()?
             .state(&request.id, &request.exec_id)
             .map_err(|error| from_sandbox(&error))?;
         let task = self.tasks().get(&request.id).cloned().unwrap_or_default();
+        let pid = task.pid();
         let paths = match request.exec_id.as_str() {
             "" => task.paths,
             exec => task.execs.get(exec).cloned().unwrap_or_default(),
@@ -154,7 +159,7 @@ impl TaskService for Service {
                 request.exec_id.clone()
             },
             bundle: task.bundle,
-            pid: pid(),
+            pid,
             status: status.into(),
             stdin: paths.stdin,
             stdout: paths.stdout,
@@ -172,7 +177,7 @@ impl TaskService for Service {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> Result<api::CreateTaskResponse> {
-        self.sandbox.timeline().mark("create_called");
+        self.sandbox()?.timeline().mark("create_called");
         if !request.checkpoint.is_empty() {
             return Err(status(
                 Code::UNIMPLEMENTED,
@@ -193,7 +198,17 @@ impl TaskService for Service {
                     format!("container {} already exists", request.id),
                 ));
             }
+            let anchor = match self.pod.role(&request.id)? {
+                Role::Container => Some(Anchor::new().map_err(|error| {
+                    status(
+                        Code::INTERNAL,
+                        format!("cannot make a thread for the container: {error}"),
+                    )
+                })?),
+                Role::Single | Role::Sandbox => None,
+            };
             let task = Task {
+                anchor: anchor.map(Arc::new),
                 bundle: request.bundle.clone(),
                 rootfs: request.rootfs.clone(),
                 paths: paths.clone(),
@@ -206,7 +221,7 @@ impl TaskService for Service {
             return Err(error);
         }
         Ok(api::CreateTaskResponse {
-            pid: pid(),
+            pid: self.pid(&request.id),
             ..api::CreateTaskResponse::default()
         })
     }
@@ -216,7 +231,7 @@ impl TaskService for Service {
             Stdio::default()
         } else {
             // Checked before streams are opened: a logging program is not started for nothing.
-            self.sandbox
+            self.sandbox()?
                 .state(&request.id, &request.exec_id)
                 .map_err(|error| from_sandbox(&error))?;
             let paths = self
@@ -225,19 +240,20 @@ impl TaskService for Service {
                 .and_then(|task| task.execs.get(&request.exec_id).cloned());
             self.open_streams(&request.id, &paths.unwrap_or_default()).await?
         };
-        self.sandbox
+        self.sandbox()?
             .start_process(&request.id, &request.exec_id, stdio)
             .await
             .map_err(|error| from_sandbox(&error))?;
         Ok(api::StartResponse {
-            pid: pid(),
+            pid: self.pid(&request.id),
             ..api::StartResponse::default()
         })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
+        let pid = self.pid(&request.id);
         let exit = self
-            .sandbox
+            .sandbox()?
             .delete(&request.id, &request.exec_id)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -250,7 +266,7 @@ impl TaskService for Service {
             }
         }
         Ok(api::DeleteResponse {
-            pid: pid(),
+            pid,
             exit_status: exit.status,
             exited_at: exited_at(exit),
             ..api::DeleteResponse::default()
@@ -261,7 +277,7 @@ impl TaskService for Service {
     /// no process in the guest, answers with this process, so that containerd does not take it for lost.
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
         let mut processes: Vec<api::ProcessInfo> = self
-            .sandbox
+            .sandbox()?
             .processes(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?
@@ -280,9 +296,9 @@ impl TaskService for Service {
                 }
             })
             .collect();
-        if processes.is_empty() && self.sandbox_container.as_deref() == Some(&request.id) {
+        if processes.is_empty() && self.pod.role(&request.id)? == Role::Sandbox {
             processes.push(api::ProcessInfo {
-                pid: pid(),
+                pid: std::process::id(),
                 ..api::ProcessInfo::default()
             });
         }
@@ -293,7 +309,7 @@ impl TaskService for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
-        self.sandbox
+        self.sandbox()?
             .pause(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -301,7 +317,7 @@ impl TaskService for Service {
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
-        self.sandbox
+        self.sandbox()?
             .resume(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -313,7 +329,7 @@ impl TaskService for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<Empty> {
-        self.sandbox
+        self.sandbox()?
             .signal(&request.id, &request.exec_id, request.signal, request.all)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -331,7 +347,7 @@ impl TaskService for Service {
             exec: request.exec_id.clone(),
             process_json,
         };
-        self.sandbox.exec(exec).map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.exec(exec).map_err(|error| from_sandbox(&error))?;
         if let Some(task) = self.tasks().get_mut(&request.id) {
             let paths = Paths {
                 stdin: request.stdin,
@@ -352,7 +368,7 @@ impl TaskService for Service {
                 "" => task.paths.terminal,
                 exec => task.execs.get(exec).is_some_and(|paths| paths.terminal),
             });
-        self.sandbox
+        self.sandbox()?
             .resize(
                 &request.id,
                 &request.exec_id,
@@ -367,7 +383,7 @@ impl TaskService for Service {
 
     async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> Result<Empty> {
         if request.stdin {
-            self.sandbox
+            self.sandbox()?
                 .close_stdin(&request.id, &request.exec_id)
                 .map_err(|error| from_sandbox(&error))?;
         }
@@ -380,7 +396,7 @@ impl TaskService for Service {
             .into_option()
             .map(|any| any.value)
             .unwrap_or_default();
-        self.sandbox
+        self.sandbox()?
             .update(&request.id, resources)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -389,7 +405,7 @@ impl TaskService for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> Result<api::WaitResponse> {
         let exit = self
-            .sandbox
+            .sandbox()?
             .wait(&request.id, &request.exec_id)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -402,7 +418,7 @@ impl TaskService for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
         let counters = self
-            .sandbox
+            .sandbox()?
             .stats(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?;
@@ -414,18 +430,20 @@ impl TaskService for Service {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> Result<api::ConnectResponse> {
-        let known = self.tasks().contains_key(&request.id);
+        let task_pid = self.tasks().get(&request.id).map_or(0, Task::pid);
         Ok(api::ConnectResponse {
-            shim_pid: pid(),
-            task_pid: if known { pid() } else { 0 },
+            shim_pid: std::process::id(),
+            task_pid,
             ..api::ConnectResponse::default()
         })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Result<Empty> {
-        // Also asked after every container of a pod: only the last one's counts.
-        if self.sandbox.is_empty() {
-            self.shutdown.notify_one();
+        // Also asked after every container of a pod: only the last one's counts. The Sandbox API has a call of its own.
+        match self.pod.kind() {
+            Ok(Kind::Api) => {}
+            Ok(Kind::Single | Kind::Task) if !self.sandbox()?.is_empty() => {}
+            _ => self.pod.shutdown.notify_one(),
         }
         Ok(Empty::default())
     }

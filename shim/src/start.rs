@@ -1,5 +1,6 @@
 //! `start`: names the sandbox's server, after making it for the first container.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,18 +11,23 @@ use std::path::{Path, PathBuf};
 use bulkhead_sandbox::cgroup::{self, Cgroup, CgroupError};
 use bulkhead_sandbox::config::{ConfigError, Configuration};
 use bulkhead_sandbox::journal::{self, Entry, Journal, JournalError};
-use bulkhead_sandbox::spec::{self, SpecError};
-use bulkhead_sandbox::{spawn, timeline};
+use bulkhead_sandbox::spec::{self, NetworkNamespace, SpecError};
+use bulkhead_sandbox::{Role, spawn, timeline};
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
+use oci_spec::runtime::Spec;
 
 use crate::args::Args;
 use crate::bootstrap;
-use crate::daemon::{self, Daemon};
+use crate::daemon::{self, Daemon, First};
 use crate::group::{Group, GroupError, Place};
+use crate::pod::{Kind, make_cgroup};
 
 /// File in the bundle that names the sandbox's state directory, for `delete`.
 pub const STATE_FILE: &str = "bulkhead-state";
+
+/// Part of the path of every bundle that containerd makes for the Sandbox API.
+const SANDBOX_BUNDLES: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Why a sandbox's server was not started.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +64,9 @@ pub enum StartError {
     /// The cgroup could not be made.
     #[error("Cannot use the pod's cgroup")]
     Cgroup(#[from] CgroupError),
+    /// The sandbox's cgroup could not be made.
+    #[error(transparent)]
+    Sandbox(#[from] bulkhead_sandbox::Error),
     /// The socket could not be made.
     #[error("Cannot listen on {}", .0.display())]
     Listen(PathBuf, #[source] std::io::Error),
@@ -82,15 +91,14 @@ pub fn run(args: &Args) -> Result<String, StartError> {
         .map_err(StartError::Input)?;
     let bundle = std::env::current_dir().map_err(StartError::Input)?;
     let bootstrap = bootstrap::parse(&input, &args.id, &args.namespace);
-    let spec = spec::load(&bundle)?;
-    let annotations = spec::annotations(&spec);
+    let spec = load_spec(&bundle)?;
+    let annotations = spec.as_ref().map(spec::annotations).unwrap_or_default();
     let group = Group::of(&annotations)?;
-    let sandbox_id = group.sandbox_id(&args.id);
     let place = Place::new(
         bootstrap.socket_dir.as_deref(),
         &args.address,
         &args.namespace,
-        sandbox_id,
+        group.sandbox_id(&args.id),
     )?;
 
     if let Group::Container(id) = &group {
@@ -102,9 +110,10 @@ pub fn run(args: &Args) -> Result<String, StartError> {
         return answer(&bundle, &place);
     }
 
-    let mut config = Configuration::load(bootstrap.config_path.as_deref())?;
-    config.apply_annotations(&annotations)?;
-    let network = spec::network_namespace(&spec)?;
+    let config = Configuration::load(bootstrap.config_path.as_deref())?;
+    let task = spec
+        .map(|spec| Task::new(spec, &group, &config, &annotations))
+        .transpose()?;
     let state_dir = config.state_dir.join(&place.state_name);
     if UnixStream::connect(&place.socket).is_ok() {
         // The server is there already: containerd asks a second time.
@@ -115,7 +124,7 @@ pub fn run(args: &Args) -> Result<String, StartError> {
     // Written first: whatever happens from here on, `delete` finds the journal.
     write(&bundle.join(STATE_FILE), state_dir.as_os_str().as_encoded_bytes())?;
     let journal = Journal::create(&state_dir)?;
-    let made = make_server(&spec, sandbox_id, &place, &journal);
+    let made = make_server(task.as_ref(), &args.id, &place, &journal);
     let (listener, cgroup, directory) = match made {
         Ok(made) => made,
         Err(error) => {
@@ -141,14 +150,17 @@ pub fn run(args: &Args) -> Result<String, StartError> {
             daemon::run(Daemon {
                 args: args.clone(),
                 config,
-                spec,
                 bundle,
-                group,
+                first: task.map(|task| First {
+                    spec: task.spec,
+                    kind: task.kind,
+                    config: task.config,
+                    network: task.network,
+                    cgroup,
+                }),
                 listener,
                 journal,
-                cgroup,
                 home_cgroup,
-                network,
                 ttrpc_address,
                 started_us,
             })
@@ -163,11 +175,52 @@ pub fn run(args: &Args) -> Result<String, StartError> {
     }
 }
 
+/// The specification of a task; none in the bundle of a sandbox, which the Sandbox API describes later.
+fn load_spec(bundle: &Path) -> Result<Option<Spec>, StartError> {
+    let of_sandbox = bundle.iter().any(|part| part == SANDBOX_BUNDLES);
+    match spec::load(bundle) {
+        _ if of_sandbox => Ok(None),
+        Err(SpecError::Read(_, error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        result => Ok(result.map(Some)?),
+    }
+}
+
+/// The first container, and what the sandbox is to be for it.
+struct Task {
+    spec: Spec,
+    kind: Kind,
+    config: Configuration,
+    network: NetworkNamespace,
+}
+
+impl Task {
+    fn new(
+        spec: Spec,
+        group: &Group,
+        config: &Configuration,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Self, StartError> {
+        let (kind, role) = match group {
+            Group::Sandbox => (Kind::Task, Role::Sandbox),
+            Group::Single | Group::Container(_) => (Kind::Single, Role::Single),
+        };
+        spec::check(&spec, role)?;
+        let mut config = config.clone();
+        config.apply_annotations(annotations)?;
+        Ok(Self {
+            network: spec::network_namespace(&spec)?,
+            spec,
+            kind,
+            config,
+        })
+    }
+}
+
 type Server = (UnixListener, Option<Cgroup>, Option<OwnedFd>);
 
-/// The listener and the cgroup, each in the journal before it is made.
+/// The listener and, for a task, the cgroup, each in the journal before it is made.
 fn make_server(
-    spec: &oci_spec::runtime::Spec,
+    task: Option<&Task>,
     sandbox_id: &str,
     place: &Place,
     journal: &Journal,
@@ -176,19 +229,13 @@ fn make_server(
         path: place.socket.clone(),
     })?;
     let listener = listen(&place.socket)?;
-    if !cgroup::is_unified() {
+    let cgroup = task
+        .map(|task| make_cgroup(&task.spec, sandbox_id, journal))
+        .transpose()?
+        .flatten();
+    let Some(cgroup) = cgroup else {
         return Ok((listener, None, None));
-    }
-    let linux = spec.linux().as_ref();
-    let path = linux
-        .and_then(|linux| linux.cgroups_path().as_ref())
-        .and_then(|path| path.to_str());
-    let relative = cgroup::translate(path, sandbox_id)?;
-    journal.record(&Entry::Cgroup {
-        path: relative.clone(),
-    })?;
-    let cgroup = Cgroup::new(relative);
-    cgroup.create()?;
+    };
     let directory = fs::File::open(cgroup.path())
         .map_err(|error| StartError::Cgroup(CgroupError::Create(cgroup.path(), error)))?;
     Ok((listener, Some(cgroup), Some(directory.into())))
