@@ -332,3 +332,7 @@ impl SandboxService for Service {
         Ok(response)
     }
 }
+
+#[cfg(test)]
+#[path = "sandbox_service_tests.rs"]
+mod tests;
