@@ -108,8 +108,9 @@ fn check_namespace(namespace: &LinuxNamespace, role: Role) -> Result<(), SpecErr
             "the guest agent makes none",
         )),
         Kind::Network => Ok(()),
-        // In a pod these paths name its sandbox's: the guest has its own.
-        Kind::Pid | Kind::Ipc | Kind::Uts if role == Role::Container => Ok(()),
+        // In a pod these paths name its sandbox's, which CRI-O makes beforehand: the guest has its own.
+        Kind::Ipc | Kind::Uts if role != Role::Single => Ok(()),
+        Kind::Pid if role == Role::Container => Ok(()),
         kind if joins => Err(unsupported(
             NAMESPACES,
             format!("joining a {kind} namespace by path"),
