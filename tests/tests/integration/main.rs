@@ -28,6 +28,7 @@ mod isolation;
 mod logging;
 mod process;
 mod resources;
+mod sandbox_api;
 mod scale;
 mod snapshotters;
 mod specification;
