@@ -26,6 +26,7 @@ mod events;
 mod files;
 mod isolation;
 mod logging;
+mod pods;
 mod process;
 mod resources;
 mod sandbox_api;
