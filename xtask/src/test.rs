@@ -26,10 +26,6 @@ const LIMIT: Duration = Duration::from_secs(2000);
 /// Memory of the emulated host in MiB: the tests start twenty virtual machines at once.
 const MEMORY_MIB: u32 = 6144;
 
-/// Processors of the emulated host. With two, each emulated by a thread of its own, one boot of a guest in about forty
-/// ended in a triple fault, and once the host's own kernel found its stack overwritten; with one nothing of that was seen.
-const CPUS: u32 = 1;
-
 /// Deadlines of the tests are so many times longer in the emulated host.
 const TIME_SCALE: &str = "4";
 
@@ -231,7 +227,6 @@ fn emulated(
             run.containerd = *containerd;
             run.timeout = Duration::from_secs(arguments.timeout);
             run.memory_mib = MEMORY_MIB;
-            run.cpus = CPUS;
             run.transcript = Some(logs.join("output"));
             run.console = Some(logs.join("console"));
             run.out = Some(logs.clone());
