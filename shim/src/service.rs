@@ -74,7 +74,7 @@ impl Service {
             container,
             namespace: &self.namespace,
         };
-        io::open(paths, owner, Some(self.sandbox.timeline()))
+        io::open(paths, owner)
             .await
             .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
     }

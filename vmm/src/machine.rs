@@ -197,16 +197,8 @@ impl Machine {
         if let Some(share) = &config.share {
             let root = File::from(take("share.root", share.root)?);
             share_root = Some(root.try_clone().map_err(BuildError::Host)?);
-            let proc_self_fd = share
-                .proc_self_fd
-                .map(|fd| take("share.proc_self_fd", fd))
-                .transpose()?;
-            let proc_self_fd = match proc_self_fd {
-                Some(fd) => File::from(fd),
-                // The one path this process opens: its own descriptors, while it can still see them.
-                None => File::open("/proc/self/fd").map_err(BuildError::Host)?,
-            };
-            let fs = Fs::new(0, &share.tag, root, Some(proc_self_fd)).map_err(BuildError::Fs)?;
+            let proc_self_fd = File::from(take("share.proc_self_fd", share.proc_self_fd)?);
+            let fs = Fs::new(0, &share.tag, root, proc_self_fd).map_err(BuildError::Fs)?;
             devices.push(Arc::new(Mutex::new(fs)));
         }
         devices.push(Arc::new(Mutex::new(Rng::new())));

@@ -175,6 +175,10 @@ impl<'a> Server<'a> {
         for event in events {
             let message = match event {
                 VsockEvent::Connected { port } => VmmMessage::Event(Event::VsockConnected { port }),
+                VsockEvent::FirstData { port } => VmmMessage::Event(Event::VsockFirstData {
+                    port,
+                    monotonic_us: now(),
+                }),
                 VsockEvent::Closed { port } => VmmMessage::Event(Event::VsockClosed { port }),
                 VsockEvent::ConnectResult { token, result } => VmmMessage::Reply {
                     id: token,

@@ -50,7 +50,7 @@ pub struct Fs {
     name: String,
     config: [u8; TAG_SIZE + 4],
     root: File,
-    proc_self_fd: Option<File>,
+    proc_self_fd: File,
     guest_files: u64,
     kicks: Arc<Vec<EventFd>>,
     failed: EventFd,
@@ -60,15 +60,15 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Serves the directory `root` under the mount tag `tag`. `proc_self_fd` is this process's
-    /// `/proc/self/fd`; without it the path is opened when the driver starts the device.
+    /// Serves the directory `root` under the mount tag `tag`. `proc_self_fd` is the
+    /// directory of this process's descriptors, `/proc/<pid>/fd`.
     ///
     /// The server keeps a descriptor for every file the guest knows, so this raises the process's limit of
     /// open files as far as it goes.
     ///
     /// # Errors
     /// See [`FsError`].
-    pub fn new(index: u32, tag: &str, root: File, proc_self_fd: Option<File>) -> Result<Self, FsError> {
+    pub fn new(index: u32, tag: &str, root: File, proc_self_fd: File) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_SIZE {
             return Err(FsError::Tag);
         }
@@ -103,7 +103,7 @@ impl Fs {
 
     fn start(&self, queues: Vec<DeviceQueue>) -> io::Result<Worker> {
         let root = self.root.try_clone()?;
-        let proc_self_fd = self.proc_self_fd.as_ref().map(File::try_clone).transpose()?;
+        let proc_self_fd = self.proc_self_fd.try_clone()?;
         let guest_files = self.guest_files;
         Worker::start(
             &self.name,

@@ -45,6 +45,11 @@ pub enum VsockEvent {
         /// Host port.
         port: u32,
     },
+    /// The first byte the guest sent on a host port has come; told once for each registration.
+    FirstData {
+        /// Host port.
+        port: u32,
+    },
     /// A stream is over in both directions; every byte the guest sent is written to the far end, or
     /// cannot be. The far end is closed. Follows [`Connected`](Self::Connected) or a successful
     /// [`ConnectResult`](Self::ConnectResult).
@@ -249,7 +254,13 @@ impl Mux {
             return Ok(());
         };
         let origin = stream.origin();
-        match stream.receive(&header, chain, memory)? {
+        let fresh = !stream.has_received();
+        let effect = stream.receive(&header, chain, memory)?;
+        if fresh && origin == Origin::Guest && stream.has_received() {
+            let port = key.host_port;
+            self.events.push(VsockEvent::FirstData { port });
+        }
+        match effect {
             Effect::None => {}
             Effect::Accepted => match stream.far().watch(&self.poller, token_of(key)) {
                 Ok(()) => self.connect_result(origin, Ok(())),
