@@ -20,7 +20,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Interrupt, VirtioDevice, config};
+use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
 
 const QUEUE_SIZES: &[u16] = &[128];
 
@@ -32,6 +32,9 @@ const MAX_RANGE_SECTORS: u32 = 1 << 21;
 
 /// Most ranges in one discard or write-zeroes request.
 const MAX_RANGES: u32 = 16;
+
+/// Requests before other devices get their turn.
+const BUDGET: usize = 32;
 
 /// Length of the configuration space up to the last field of the features offered (virtio 1.2, 5.2.4).
 const CONFIG_SIZE: usize = 60;
@@ -201,15 +204,12 @@ impl VirtioDevice for Block {
         self.active = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
         let Some(Active { queue, .. }) = &mut self.active else {
-            return Ok(());
+            return Ok(Turn::Done);
         };
-        let memory = queue.memory().clone();
-        while let Some(chain) = queue.pop()? {
-            let written = request::serve(&memory, &chain, self.disk.as_ref(), self.slot)?;
-            queue.add_used(chain, written)?;
-        }
-        queue.signal()
+        queue.serve(BUDGET, |memory, chain| {
+            request::serve(memory, chain, self.disk.as_ref(), self.slot)
+        })
     }
 }

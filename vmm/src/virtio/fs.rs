@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
 use super::worker::Worker;
-use super::{Activation, DeviceError, VirtioDevice, config};
+use super::{Activation, DeviceError, Turn, VirtioDevice, config};
 
 /// Longest tag in bytes (virtio 1.2, 5.11.4).
 const TAG_SIZE: usize = 36;
@@ -148,9 +148,9 @@ impl VirtioDevice for Fs {
         self.paused = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
         // Kicks go to the worker.
-        Ok(())
+        Ok(Turn::Done)
     }
 
     fn event_fd(&self) -> Option<RawFd> {
@@ -174,8 +174,12 @@ impl VirtioDevice for Fs {
         self.kicks = Arc::new(events);
     }
 
-    fn pause(&mut self) {
-        self.paused = self.worker.as_ref().map(Worker::pause);
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        self.paused = match &self.worker {
+            Some(worker) => Some(worker.pause().map_err(DeviceError::Backend)?),
+            None => None,
+        };
+        Ok(())
     }
 
     fn resume(&mut self) {

@@ -400,3 +400,17 @@ proptest! {
         prop_assert_eq!(content(&copy), pattern(4096, 5));
     }
 }
+
+#[test]
+fn a_queue_that_never_empties_lets_others_have_their_turn() {
+    let (mut guest, _) = writable(&[0; 4096]);
+    guest.request(FLUSH, 0, &[], 0);
+    let head = guest.driver.add(&[(BUFFERS, 16, false), (STATUS, 1, true)]);
+    for _ in 0..3 {
+        let turn = guest
+            .driver
+            .while_full(head, || guest.block.process_queue(0).unwrap());
+        assert_eq!(turn, Turn::Again);
+        assert_eq!(guest.driver.take_used().len(), BUDGET);
+    }
+}

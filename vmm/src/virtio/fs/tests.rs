@@ -343,7 +343,7 @@ fn the_configuration_has_tag_and_queues() {
 fn a_pause_holds_requests_back_and_saves_the_queues() {
     let mut guest = guest();
     guest.init();
-    guest.fs.pause();
+    guest.fs.pause().unwrap();
     assert_eq!(guest.fs.save().unwrap()[1].next_available, 1);
     let message = guest.message(GETATTR, ROOT, &[0; 16]);
     guest.memory.write_slice(&message, GuestAddress(BUFFERS)).unwrap();

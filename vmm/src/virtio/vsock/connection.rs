@@ -167,7 +167,6 @@ impl Connection {
     }
 
     /// Bytes that wait for the far end.
-    #[cfg(test)]
     pub fn buffered(&self) -> usize {
         self.buffer.len()
     }

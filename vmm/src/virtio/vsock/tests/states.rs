@@ -193,6 +193,39 @@ fn a_connect_waits_for_the_guest_to_boot() {
 }
 
 #[test]
+fn a_guest_that_does_not_answer_fails_the_connection() {
+    let timed_out = |token| VsockEvent::ConnectResult {
+        token,
+        result: Err(ConnectError::TimedOut),
+    };
+    let mut guest = Guest::new();
+    let (mut near, request) = connect(&mut guest, 7);
+    let now = std::time::Instant::now();
+    guest.vsock.expire(now);
+    assert_eq!(guest.events(), [], "in good time");
+    guest.vsock.expire(now + 2 * CONNECT_TIME);
+    assert_eq!(guest.events(), [timed_out(7)]);
+    assert_eq!(drain(&mut near), (vec![], true), "the far end is closed");
+    guest.kick(RX);
+    assert_eq!(guest.ops(), [op::RST]);
+    guest.send(answer(&guest, &request, op::RESPONSE), &[]);
+    assert_eq!(guest.ops(), [op::RST], "too late");
+    assert_eq!(guest.events(), []);
+
+    // One that was answered stands, and one the guest could not even be asked for fails.
+    let (_near, request) = connect(&mut guest, 8);
+    guest.send(answer(&guest, &request, op::RESPONSE), &[]);
+    guest.events();
+    guest.vsock.expire(std::time::Instant::now() + 2 * CONNECT_TIME);
+    assert_eq!(guest.events(), []);
+    let mut vsock = Vsock::new(CID).unwrap();
+    let (_near, far) = UnixStream::pair().unwrap();
+    vsock.connect(GUEST_PORT, far.into(), 9).unwrap();
+    vsock.expire(std::time::Instant::now() + 2 * CONNECT_TIME);
+    assert_eq!(vsock.take_events(), [timed_out(9)]);
+}
+
+#[test]
 fn the_far_end_closes_its_side_first() {
     let mut guest = Guest::new();
     let mut near = guest.establish_socket();
