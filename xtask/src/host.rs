@@ -4,6 +4,7 @@
 pub mod base;
 mod cpio;
 mod debian;
+mod lines;
 mod machine;
 mod run;
 

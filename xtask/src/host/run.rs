@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::base;
 use super::cpio::Archive;
+use super::lines::Lines;
 use super::{Artifacts, Containerd, Host, IMAGE};
 use crate::cache;
 use crate::process;
@@ -64,7 +66,12 @@ pub struct Run {
     pub console: Option<PathBuf>,
     /// Receives a copy of the command's standard output.
     pub transcript: Option<PathBuf>,
+    /// Begins every line of output, when several machines run at once.
+    pub label: Option<&'static str>,
 }
+
+/// Runs of this process so far.
+static RUNS: AtomicU32 = AtomicU32::new(0);
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +108,7 @@ impl Run {
             out: None,
             console: None,
             transcript: None,
+            label: None,
         }
     }
 
@@ -109,7 +117,11 @@ impl Run {
     /// # Errors
     /// A file cannot be prepared, QEMU does not start, or the machine ends without the command's exit code.
     pub fn start(&self, host: &Host, artifacts: Option<&Artifacts>) -> Result<Outcome> {
-        let scratch = Scratch(cache::directory("run")?.join(std::process::id().to_string()));
+        let scratch = Scratch(cache::directory("run")?.join(format!(
+            "{}-{}",
+            std::process::id(),
+            RUNS.fetch_add(1, Ordering::Relaxed)
+        )));
         let directory = scratch.0.as_path();
         fs::create_dir_all(directory).context("cannot create a directory for the run")?;
         self.write_root(&directory.join("root.cpio"), host, artifacts)?;
@@ -124,8 +136,8 @@ impl Run {
             }
             None => None,
         };
-        let output = output.copy_to(io::stdout(), transcript);
-        let errors = errors.copy_to(io::stderr(), None);
+        let output = output.copy_to(Lines::new(self.label, io::stdout()), transcript);
+        let errors = errors.copy_to(Lines::new(self.label, io::stderr()), None);
         let log = directory.join("qemu.log");
         let mut child = qemu
             .stdin(Stdio::null())
