@@ -88,17 +88,23 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
     let suites = Suite::chosen(arguments);
     progress.extend(ARTIFACT_STEPS + 1);
     let artifacts = Artifacts::build(progress)?;
-    let mut build = vec![
-        "test",
-        "--release",
-        "--no-run",
-        "--package=bulkhead-tests",
-        "--test=integration",
-    ];
+    let mut programs = cargo::build(
+        progress,
+        "integration tests",
+        &[
+            "test",
+            "--release",
+            "--no-run",
+            "--package=bulkhead-tests",
+            "--test=integration",
+        ],
+    )?;
     if suites.iter().any(|suite| suite.program == "guest") {
-        build.extend(["--package=bulkhead-agent", "--test=guest"]);
+        progress.extend(1);
+        // Like the unit tests, whose dependencies are built by now.
+        let build = ["test", "--no-run", "--workspace", "--test=guest"];
+        programs.extend(cargo::build(progress, "tests of the agent", &build)?);
     }
-    let programs = cargo::build(progress, "integration tests", &build)?;
     match kvm::choose(&artifacts.cli)? {
         Place::Here => here(progress, &programs, &artifacts, &suites, arguments),
         Place::Emulated => {
