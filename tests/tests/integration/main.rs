@@ -33,6 +33,7 @@ mod snapshotters;
 mod specification;
 mod streams;
 mod task;
+mod vmm;
 
 /// The probe: beside this program, or where the build left it.
 fn probe() -> PathBuf {
