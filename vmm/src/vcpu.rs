@@ -165,6 +165,10 @@ impl Vcpus {
     pub fn resume(&self) {
         let _parked = lock(&self.gate.parked);
         self.gate.wanted.store(RUN, Ordering::SeqCst);
+        // One that had not stopped would never run again.
+        for (_, immediate_exit) in &self.threads {
+            immediate_exit.set(0);
+        }
         self.gate.changed.notify_all();
     }
 }
@@ -259,6 +263,27 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn a_vcpu_that_does_not_stop_in_time_runs_on_after_the_resume() {
+        register_signal_handler(SIGRTMIN(), interrupt).unwrap();
+        let flag = Box::leak(Box::new(AtomicU8::new(0)));
+        let (busy, done) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || drop(done.recv()));
+        let vcpus = Vcpus {
+            gate: Arc::default(),
+            threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
+        };
+        assert_eq!(vcpus.pause().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(flag.load(Ordering::SeqCst), 1);
+        vcpus.resume();
+        assert_eq!(flag.load(Ordering::SeqCst), 0);
+        assert_eq!(vcpus.gate.wanted.load(Ordering::SeqCst), RUN);
+        drop(busy);
+        for (thread, _) in vcpus.threads {
+            thread.join().unwrap();
+        }
+    }
 
     #[test]
     fn ended_vcpus_do_not_hold_up_a_pause() {
