@@ -39,7 +39,9 @@ fn a_paused_machine_stands_still_and_goes_on() {
     assert!(busy > Duration::from_millis(50), "ran for {busy:?} only");
 
     vm.tell(Request::Pause);
-    assert_eq!(runs(&vm), Duration::ZERO);
+    // The thread has left the guest, and goes to sleep next.
+    let rest = runs(&vm);
+    assert!(rest < Duration::from_millis(5), "ran for {rest:?}");
     vm.ask_agent();
     assert!(
         !vm.answers(Duration::from_secs(2)),
