@@ -126,10 +126,10 @@ fn enter_namespaces(daemon: &Daemon) -> Result<GuestNetwork, Error> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .and_then(|()| nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none))
         .map_err(|errno| mount::MountError::Open("/".into(), errno))?;
-    match daemon.network {
+    match &daemon.network {
         // A new namespace has nothing but loopback, and the guest has its own.
         NetworkNamespace::Fresh => Ok(GuestNetwork::default()),
-        NetworkNamespace::Path(_) => Ok(network::attach()?),
+        NetworkNamespace::Path(path) => Ok(network::attach(path, &daemon.journal)?),
     }
 }
 

@@ -21,11 +21,13 @@ use std::path::PathBuf;
 use bulkhead_tests::Fixture;
 
 mod bad_input;
+mod calls;
 mod crash;
 mod events;
 mod files;
 mod isolation;
 mod logging;
+mod network;
 mod process;
 mod resources;
 mod scale;
