@@ -39,6 +39,7 @@ const TESTS: &[Test] = tests![
     containers::out_of_memory_is_told_before_the_exit,
     processes::signals,
     processes::exec_sees_the_container,
+    processes::listing_during_starts_and_ends,
     processes::exec_errors_name_the_program,
     processes::terminal_and_resize,
     processes::exits_come_in_order,
