@@ -16,8 +16,11 @@ const HYPERVISOR: &str = "io.katacontainers.config.hypervisor.";
 /// Runs a line of shell in a VM whose `key` is `value`.
 fn sized(test: &Fixture, key: &str, value: u32, script: &str) -> Finished {
     let annotation = format!("{HYPERVISOR}{key}={value}");
+    // Each vCPU takes its time to come up where the host is emulated.
+    let settings = test.configuration(&[("boot_timeout_s", 600.into())]);
     test.busybox("a", &["sh", "-c", script])
-        .with(&["--annotation", &annotation])
+        .with(&["--annotation", &annotation, "--runtime-config-path", &settings])
+        .start_for(60)
         .finish()
 }
 
