@@ -269,7 +269,9 @@ mod tests {
         register_signal_handler(SIGRTMIN(), interrupt).unwrap();
         let flag = Box::leak(Box::new(AtomicU8::new(0)));
         let (busy, done) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || drop(done.recv()));
+        let thread = std::thread::spawn(move || {
+            let _ = done.recv();
+        });
         let vcpus = Vcpus {
             gate: Arc::default(),
             threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
