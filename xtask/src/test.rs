@@ -1,4 +1,5 @@
-//! `cargo xtask test`: unit and property tests with nextest, then the integration tests with each containerd.
+//! `cargo xtask test`: unit and property tests with nextest, format and lints, then the integration tests with each
+//! containerd.
 
 mod integration;
 
@@ -19,7 +20,7 @@ use crate::workspace;
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Only the unit and property tests
+    /// Only the unit and property tests, the format and the lints
     #[arg(long, conflicts_with = "integration")]
     unit: bool,
     /// Only the integration tests
@@ -70,8 +71,11 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let progress = Progress::new(0);
     let mut counts = Counts::default();
     if !arguments.integration {
-        progress.extend(1);
+        progress.extend(3);
         counts += unit(&progress)?;
+        counts += lint(&progress, "format of the source (cargo fmt)", &["fmt", "--check"])?;
+        let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        counts += lint(&progress, "lints (cargo clippy)", &clippy)?;
     }
     if !arguments.unit {
         counts += integration::run(&progress, arguments)?;
@@ -103,6 +107,32 @@ fn unit(progress: &Progress) -> Result<Counts> {
             "cargo nextest failed ({status}), though no test did"
         );
         Ok(counts)
+    })
+}
+
+/// Runs one of cargo's checks of the source, which counts as one test.
+fn lint(progress: &Progress, title: &str, arguments: &[&str]) -> Result<Counts> {
+    if let Some(tool) = arguments.first()
+        && !has(tool)
+    {
+        eprintln!("{title}: skipped, because cargo {tool} is missing (rustup component add rustfmt clippy)");
+        return Ok(Counts {
+            skipped: 1,
+            ..Counts::default()
+        });
+    }
+    progress.step(title, |_| {
+        let status = Command::new(cargo::program())
+            .current_dir(workspace::root())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .status()
+            .with_context(|| format!("cannot run cargo {}", arguments.join(" ")))?;
+        Ok(Counts {
+            passed: u64::from(status.success()),
+            failed: u64::from(!status.success()),
+            skipped: 0,
+        })
     })
 }
 
@@ -139,14 +169,19 @@ fn summary(line: &str) -> Option<Counts> {
     Some(counts)
 }
 
-fn ensure_nextest(progress: &Progress) -> Result<()> {
+/// Whether cargo has this subcommand.
+fn has(tool: &str) -> bool {
     let found = Command::new(cargo::program())
-        .args(["nextest", "--version"])
+        .args([tool, "--version"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status();
-    if found.is_ok_and(|status| status.success()) {
+    found.is_ok_and(|status| status.success())
+}
+
+fn ensure_nextest(progress: &Progress) -> Result<()> {
+    if has("nextest") {
         return Ok(());
     }
     progress.extend(1);
