@@ -29,6 +29,8 @@ const HOST_6: &str = "fd13:213:7::1";
 struct Network<'a> {
     test: &'a Fixture,
     names: Vec<String>,
+    /// `ip netns` mounts its directory when it makes the first namespace, and leaves it mounted.
+    directory_is_ours: bool,
 }
 
 impl<'a> Network<'a> {
@@ -36,7 +38,12 @@ impl<'a> Network<'a> {
         let names = (0..count)
             .map(|number| test.id(&format!("net{number}")))
             .collect();
-        let network = Self { test, names };
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let network = Self {
+            test,
+            names,
+            directory_is_ours: !mounts.contains(" /run/netns "),
+        };
         for name in &network.names {
             shell(&format!("ip netns add {name}"));
             let _ = network.plugin("ADD", name).text();
@@ -103,6 +110,9 @@ impl<'a> Network<'a> {
             shell(&format!("ip netns del {name}"));
         }
         shell(&format!("ip link del {BRIDGE}"));
+        if self.directory_is_ours {
+            shell("umount /run/netns && rmdir /run/netns");
+        }
     }
 }
 
