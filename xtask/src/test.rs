@@ -71,11 +71,19 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let progress = Progress::new(0);
     let mut counts = Counts::default();
     if !arguments.integration {
-        progress.extend(3);
+        progress.extend(4);
         counts += unit(&progress)?;
         counts += lint(&progress, "format of the source (cargo fmt)", &["fmt", "--check"])?;
-        let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-        counts += lint(&progress, "lints (cargo clippy)", &clippy)?;
+        let deny = ["--", "-D", "warnings"];
+        let all = [&["clippy", "--workspace", "--all-targets"], &deny[..]].concat();
+        counts += lint(&progress, "lints (cargo clippy)", &all)?;
+        // These have `test = false`, and that takes them out of all targets.
+        let named = [
+            &["clippy", "--workspace", "--test=integration", "--test=guest"],
+            &deny[..],
+        ]
+        .concat();
+        counts += lint(&progress, "lints of the tests on a machine of their own", &named)?;
     }
     if !arguments.unit {
         counts += integration::run(&progress, arguments)?;
