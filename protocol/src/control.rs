@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub const VMM_SOCKET_FD: i32 = 3;
 
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,8 +152,9 @@ pub struct Share {
     pub tag: String,
     /// Directory descriptor of the root.
     pub root: Fd,
-    /// Directory descriptor of `/proc/self/fd`, opened by the VMM's own process or one that sees it.
-    pub proc_self_fd: Option<Fd>,
+    /// Directory descriptor of the VMM process's own `/proc/<pid>/fd`, by which the file server opens a file
+    /// again that it knows by a descriptor.
+    pub proc_self_fd: Fd,
 }
 
 /// What the VMM sends.
@@ -228,6 +229,13 @@ pub enum Event {
     VsockConnected {
         /// Host port.
         port: u32,
+    },
+    /// The first byte the guest sent on this host port has come; told once for each registration.
+    VsockFirstData {
+        /// Host port.
+        port: u32,
+        /// When: `CLOCK_MONOTONIC` in microseconds.
+        monotonic_us: u64,
     },
     /// The stream of this host port (or connection to a guest port) is over in both directions and every
     /// byte the guest sent has been written to the far end, or cannot be.

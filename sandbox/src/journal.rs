@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::network;
 use crate::spawn;
 
 #[cfg(test)]
@@ -55,6 +56,9 @@ pub enum UndoError {
     /// A process does not end.
     #[error("Process {0} does not end")]
     Process(i32),
+    /// A redirection stays.
+    #[error("The redirection of a network interface stays")]
+    Redirection(#[source] crate::network::NetworkError),
     /// The cgroup stays.
     #[error("The cgroup stays")]
     Cgroup(#[source] crate::cgroup::CgroupError),
@@ -73,6 +77,17 @@ pub enum Entry {
     Cgroup {
         /// Its relative path.
         path: PathBuf,
+    },
+    /// The redirection of an interface's traffic.
+    Redirection {
+        /// File of the network namespace.
+        namespace: PathBuf,
+        /// The file's inode, which tells it from a later namespace of the same name.
+        inode: u64,
+        /// The interface's name.
+        interface: String,
+        /// Its index.
+        index: u32,
     },
     /// A process. The start time (clock ticks since boot) tells it from a later one with the same id.
     Process {
@@ -206,6 +221,12 @@ fn undo(entry: &Entry) -> Result<(), UndoError> {
     match entry {
         Entry::Socket { path } => remove_file(path),
         Entry::Cgroup { path } => Cgroup::new(path.clone()).remove().map_err(UndoError::Cgroup),
+        Entry::Redirection {
+            namespace,
+            inode,
+            interface,
+            index,
+        } => network::detach(namespace, *inode, interface, *index).map_err(UndoError::Redirection),
         Entry::Process { pid, start_time, .. } => kill(*pid, *start_time),
     }
 }

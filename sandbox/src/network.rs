@@ -1,12 +1,13 @@
 //! The pod's network: its namespace on the host and its interfaces in the guest.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::ConfigureNetworkRequest;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 
+use crate::journal::{Entry, Journal, JournalError};
 use crate::spec::NetworkNamespace;
 
 mod interfaces;
@@ -49,6 +50,14 @@ pub enum NetworkError {
         #[source]
         error: std::io::Error,
     },
+    /// Somebody redirects the interface's traffic already.
+    #[error(
+        "Interface {0} has an ingress queue already: another virtual machine may use this network namespace"
+    )]
+    Taken(String),
+    /// The journal.
+    #[error("Cannot write down what is to be undone")]
+    Journal(#[source] Box<JournalError>),
     /// An interface is of a kind that cannot be joined to the guest.
     #[error("Interface {0} has addresses but is not an Ethernet device")]
     Kind(String),
@@ -69,19 +78,32 @@ pub fn enter(namespace: &NetworkNamespace) -> Result<(), NetworkError> {
     }
 }
 
-/// Joins every interface of the current network namespace to a tap device for the guest, and describes
-/// what the guest has to set up. Loopback is the guest's own.
+/// Joins every interface of `namespace`, which the calling process has entered, to a tap device for the guest, and
+/// describes what the guest has to set up. Loopback is the guest's own.
 ///
 /// The interfaces stay as the network plugin made them; only their traffic is redirected. Taps go with
-/// their descriptors, and the redirections with the interface or its tap, so nothing is left to undo.
+/// their descriptors; the redirections are in the journal.
 ///
 /// # Errors
-/// [`NetworkError`]; what was joined before is undone when the descriptors are dropped.
-pub fn attach() -> Result<GuestNetwork, NetworkError> {
+/// [`NetworkError`]; what was joined before is undone by the journal.
+pub fn attach(namespace: &Path, journal: &Journal) -> Result<GuestNetwork, NetworkError> {
     let mut netlink = netlink::Netlink::open()?;
     let found = interfaces::scan(&mut netlink)?;
+    let inode = inode_of(namespace).map_err(|error| NetworkError::Open(namespace.into(), error))?;
     let mut nets = Vec::new();
     for (number, interface) in found.interfaces.iter().enumerate() {
+        if tap::is_taken(&mut netlink, interface)? {
+            return Err(NetworkError::Taken(interface.name.clone()));
+        }
+        let entry = Entry::Redirection {
+            namespace: namespace.into(),
+            inode,
+            interface: interface.name.clone(),
+            index: interface.index,
+        };
+        journal
+            .record(&entry)
+            .map_err(|error| NetworkError::Journal(Box::new(error)))?;
         let tap = tap::create(&mut netlink, interface, number)?;
         nets.push(GuestNet {
             tap,
@@ -91,6 +113,35 @@ pub fn attach() -> Result<GuestNetwork, NetworkError> {
     }
     let request = (!nets.is_empty()).then(|| found.request());
     Ok(GuestNetwork { nets, request })
+}
+
+/// Ends the redirection of an interface's traffic. No error: the namespace or the interface is gone, or was never
+/// redirected.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn detach(namespace: &Path, inode: u64, interface: &str, index: u32) -> Result<(), NetworkError> {
+    if inode_of(namespace).ok() != Some(inode) {
+        return Ok(());
+    }
+    // Only a thread of its own may change its namespace while others run.
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            enter(&NetworkNamespace::Path(namespace.into()))?;
+            if nix::net::if_::if_nametoindex(interface) != Ok(index) {
+                return Ok(());
+            }
+            tap::release(&mut netlink::Netlink::open()?, index, interface)
+        });
+        work.join()
+            .unwrap_or_else(|_| Err(NetworkError::Enter(namespace.into(), Errno::EIO)))
+    })
+}
+
+/// What tells a namespace from a later one of the same name.
+fn inode_of(namespace: &Path) -> std::io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata(namespace)?.ino())
 }
 
 /// A network device of the guest.

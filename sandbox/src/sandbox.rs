@@ -25,8 +25,11 @@ use crate::timeline::Timeline;
 use crate::vm::{Vm, VmEnd};
 
 mod boot;
+mod event;
 mod lifecycle;
 mod requests;
+
+pub use event::{EventSink, SandboxEvent};
 
 /// How long the exits of a container's other processes may follow init's.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
@@ -36,68 +39,6 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
-
-/// What happens in a sandbox. Events of one process come in the order of its life.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SandboxEvent {
-    /// A container exists.
-    Created {
-        /// Container id.
-        container: String,
-    },
-    /// A process runs. The init process has an empty exec id, here and below.
-    Started {
-        /// Container id.
-        container: String,
-        /// Exec id.
-        exec: String,
-    },
-    /// A process was added and waits for its start.
-    ExecAdded {
-        /// Container id.
-        container: String,
-        /// Exec id.
-        exec: String,
-    },
-    /// A process has ended.
-    Exited {
-        /// Container id.
-        container: String,
-        /// Exec id.
-        exec: String,
-        /// How.
-        exit: Exit,
-    },
-    /// The guest's kernel killed a process of the container for lack of memory.
-    OutOfMemory {
-        /// Container id.
-        container: String,
-    },
-    /// A container is frozen.
-    Paused {
-        /// Container id.
-        container: String,
-    },
-    /// A container runs again.
-    Resumed {
-        /// Container id.
-        container: String,
-    },
-    /// A container is gone.
-    Deleted {
-        /// Container id.
-        container: String,
-        /// How its init process ended.
-        exit: Exit,
-    },
-}
-
-/// Receives a sandbox's events, in order. Called with the sandbox's state locked: it must neither wait
-/// nor call the sandbox.
-pub trait EventSink: Send + Sync {
-    /// Takes one event.
-    fn event(&self, event: SandboxEvent);
-}
 
 /// What a sandbox is made from.
 pub struct SandboxOptions {

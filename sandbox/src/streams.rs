@@ -145,6 +145,14 @@ impl StreamTable {
         port
     }
 
+    /// Whether `port` is that of an open output of a process.
+    pub fn is_output(&self, port: u32) -> bool {
+        self.lock()
+            .open
+            .get(&port)
+            .is_some_and(|open| open.outputs.is_some())
+    }
+
     /// The stream of `port` is over.
     pub fn ended(&self, port: u32) {
         let open = self.lock().open.remove(&port);
@@ -250,6 +258,7 @@ mod tests {
         let mut open = streams.open_outputs.clone();
         let waited = tokio::time::timeout(Duration::from_millis(20), open.wait_for(|open| *open == 0));
         assert!(waited.await.is_err());
+        assert!(table.is_output(stdout) && !table.is_output(stdin) && !table.is_output(ports::AGENT));
         table.ended(stdout);
         table.drain(None, &streams, Duration::from_secs(5)).await;
         assert_eq!(std::sync::Arc::strong_count(&alive), 1);

@@ -64,6 +64,20 @@ impl Timeline {
         });
     }
 
+    /// Marks a phase as [`mark_at`](Self::mark_at) unless it is marked already; whether it was not.
+    pub fn mark_once(&self, phase: &str, monotonic_us: u64) -> bool {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = inner.marks.iter().all(|mark| mark.phase != phase);
+        if new {
+            log::debug!("timeline {phase} {monotonic_us}");
+            inner.marks.push(Mark {
+                phase: phase.to_owned(),
+                monotonic_us,
+            });
+        }
+        new
+    }
+
     /// The marks so far, by time.
     #[must_use]
     pub fn marks(&self) -> Vec<Mark> {
@@ -75,16 +89,6 @@ impl Timeline {
             .clone();
         marks.sort_by_key(|mark| mark.monotonic_us);
         marks
-    }
-
-    /// Whether there is a file to write to.
-    #[must_use]
-    pub fn is_kept(&self) -> bool {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .file
-            .is_some()
     }
 
     /// Writes the marks as JSON: `{"sandbox":ID,"marks":[{"phase":P,"monotonic_us":T},…]}` by time.
@@ -125,13 +129,16 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("bulkhead-timeline-{}", std::process::id()));
         let timeline = Timeline::new(Some(dir.join("x.json")));
         timeline.mark_at("b", 2);
-        timeline.mark_at("a", 1);
+        assert!(timeline.mark_once("a", 1));
+        assert!(!timeline.mark_once("a", 7));
         timeline.save("x");
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.join("x.json")).unwrap()).unwrap();
         assert_eq!(json["sandbox"], "x");
         assert_eq!(json["marks"][0]["phase"], "a");
+        assert_eq!(json["marks"][0]["monotonic_us"], 1);
         assert_eq!(json["marks"][1]["monotonic_us"], 2);
+        assert_eq!(json["marks"][2], serde_json::Value::Null);
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -143,6 +144,9 @@ pub struct Vm {
 pub enum VsockEvent {
     /// The guest has dialled this host port.
     Connected(u32),
+    /// The first byte from the guest has come on this host port, at this `CLOCK_MONOTONIC` time in
+    /// microseconds.
+    FirstData(u32, u64),
     /// The stream of this port is over.
     Closed(u32),
 }
@@ -229,6 +233,26 @@ impl Vm {
     #[must_use]
     pub fn process(&self) -> Started {
         self.started
+    }
+
+    /// The directory of the VMM's descriptors, `/proc/<pid>/fd`, for [`Share`]'s field of that name.
+    ///
+    /// [`Share`]: bulkhead_protocol::control::Share
+    ///
+    /// # Errors
+    /// [`VmError::Open`], above all when the process has ended.
+    pub fn descriptors_directory(&self) -> Result<OwnedFd, VmError> {
+        let path = PathBuf::from(format!("/proc/{}/fd", self.started.pid));
+        std::fs::File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(&path)
+            .map(OwnedFd::from)
+            .map_err(|error| VmError::Open {
+                what: "the VMM's descriptors",
+                path,
+                error,
+            })
     }
 
     /// Waits for the end of the VM.

@@ -3,11 +3,9 @@
 //! Descriptors opened here go to the VMM; no byte passes through this process.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use bulkhead_sandbox::timeline::Timeline;
 use bulkhead_sandbox::{Stdio, Stream};
 
 mod logger;
@@ -57,11 +55,11 @@ pub struct Owner<'a> {
     pub namespace: &'a str,
 }
 
-/// Opens the host ends. The first bytes of stdout are marked on `timeline` if there is one.
+/// Opens the host ends.
 ///
 /// # Errors
 /// [`IoError`]; nothing stays open.
-pub async fn open(paths: &Paths, owner: Owner<'_>, timeline: Option<&Timeline>) -> Result<Stdio, IoError> {
+pub async fn open(paths: &Paths, owner: Owner<'_>) -> Result<Stdio, IoError> {
     let mut stdio = Stdio {
         terminal: paths.terminal,
         ..Stdio::default()
@@ -73,7 +71,7 @@ pub async fn open(paths: &Paths, owner: Owner<'_>, timeline: Option<&Timeline>) 
     let stderr = if paths.terminal { "" } else { paths.stderr.as_str() };
     match target(&paths.stdout)? {
         Target::None => {}
-        Target::Fifo(path) => stdio.stdout = Some(open_output(path, timeline)?),
+        Target::Fifo(path) => stdio.stdout = Some(open_output(path)?),
         Target::File(path) => stdio.stdout = Some(open_log_file(&path)?),
         Target::Binary { path, arguments } => {
             let streams = logger::start(&path, &arguments, owner).await?;
@@ -87,7 +85,7 @@ pub async fn open(paths: &Paths, owner: Owner<'_>, timeline: Option<&Timeline>) 
     }
     match target(stderr)? {
         Target::None => {}
-        Target::Fifo(path) => stdio.stderr = Some(open_output(path, None)?),
+        Target::Fifo(path) => stdio.stderr = Some(open_output(path)?),
         Target::File(path) => stdio.stderr = Some(open_log_file(&path)?),
         Target::Binary { path, arguments } => {
             let streams = logger::start(&path, &arguments, owner).await?;
@@ -184,45 +182,13 @@ fn open_stdin(path: &Path) -> Result<Stream, IoError> {
 
 /// The writing end goes to the VMM. The reading end kept here means that the pipe does not break while
 /// no client reads; it goes when the stream is over, so that clients see the end.
-fn open_output(path: &Path, timeline: Option<&Timeline>) -> Result<Stream, IoError> {
+fn open_output(path: &Path) -> Result<Stream, IoError> {
     let reader = open_fifo(path, false)?;
     let writer = open_fifo(path, true)?;
-    let mark = match timeline {
-        Some(timeline) if timeline.is_kept() => {
-            let copy = reader
-                .try_clone()
-                .map_err(|error| IoError::Open(path.into(), error))?;
-            Some(mark_first_output(copy.into(), timeline.clone()))
-        }
-        _ => None,
-    };
     Ok(Stream {
         far_end: writer.into(),
-        keeper: Some(Box::new((reader, mark))),
+        keeper: Some(Box::new(reader)),
     })
-}
-
-/// Ends its task when dropped.
-struct Task(tokio::task::JoinHandle<()>);
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-fn mark_first_output(fifo: OwnedFd, timeline: Timeline) -> Task {
-    Task(tokio::spawn(async move {
-        let Ok(receiver) = tokio::net::unix::pipe::Receiver::from_owned_fd(fifo) else {
-            return;
-        };
-        // Without bytes the readiness is only that of a closed pipe.
-        if let Ok(ready) = receiver.ready(tokio::io::Interest::READABLE).await
-            && !(ready & tokio::io::Ready::READABLE).is_empty()
-        {
-            timeline.mark("first_output");
-        }
-    }))
 }
 
 fn open_log_file(path: &Path) -> Result<Stream, IoError> {

@@ -128,7 +128,7 @@ impl Service {
             network::enter(&namespace)?;
             let network = match namespace {
                 NetworkNamespace::Fresh => GuestNetwork::default(),
-                NetworkNamespace::Path(_) => network::attach()?,
+                NetworkNamespace::Path(path) => network::attach(&path, &parts.journal)?,
             };
             Ok::<_, Error>(Wanted {
                 kind: Kind::Api,

@@ -87,7 +87,7 @@ impl Service {
             container,
             namespace: &self.pod.namespace,
         };
-        io::open(paths, owner, Some(self.sandbox()?.timeline()))
+        io::open(paths, owner)
             .await
             .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
     }

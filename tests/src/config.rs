@@ -73,7 +73,7 @@ impl Config {
     }
 }
 
-fn find(name: &str, directory: Option<&Path>) -> Result<PathBuf, String> {
+pub(crate) fn find(name: &str, directory: Option<&Path>) -> Result<PathBuf, String> {
     let in_path = env::var_os("PATH").unwrap_or_default();
     let directories = match directory {
         Some(directory) => vec![directory.to_path_buf()],

@@ -13,6 +13,7 @@ pub mod leak;
 pub mod pattern;
 pub mod session;
 pub mod spec;
+pub mod vm;
 
 pub use config::{Config, config};
 pub use fixture::{Fixture, Run};

@@ -1,11 +1,11 @@
 //! Boots a VM without a sandbox and prints what becomes of it: a tool for working on the VMM.
 //!
 //! ```text
-//! cargo run --release -p bulkhead-vmm --example boot -- VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]
+//! cargo run --release -p bulkhead-vmm --example boot -- [--until-agent] VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]
 //! ```
 //!
-//! A stream awaits the agent's connection, so a healthy guest shows `VsockConnected`. The VM ends after ten
-//! seconds if it does not before.
+//! A stream awaits the agent's connection, so a healthy guest shows `VsockConnected`, and the time from the start of
+//! the VMM's process to it. The VM ends after ten seconds if it does not before; with `--until-agent` at that moment.
 
 use std::error::Error;
 use std::fs::File;
@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::Instant;
 
 use bulkhead_protocol::control::{
     Channel, Event, Fd, Request, RequestMessage, VERSION, VMM_SOCKET_FD, VmConfig, VmmMessage,
@@ -20,9 +21,11 @@ use bulkhead_protocol::control::{
 use bulkhead_protocol::ports;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let until_agent = arguments.first().is_some_and(|first| first == "--until-agent");
+    arguments.drain(..usize::from(until_agent));
     let [vmm, kernel, root, rest @ ..] = &arguments[..] else {
-        return Err("usage: boot VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]".into());
+        return Err("usage: boot [--until-agent] VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]".into());
     };
     let number = |index: usize, default: u32| rest.get(index).map_or(Ok(default), |text| text.parse());
     let memory_mib = number(0, 128)?;
@@ -37,18 +40,20 @@ fn main() -> Result<(), Box<dyn Error>> {
             _ => Ok(()),
         });
     }
+    let start = Instant::now();
     let mut child = command.spawn()?;
     drop(theirs);
 
     let (_agent, far_end) = UnixStream::pair()?;
     let share = std::env::temp_dir().join(format!("bulkhead-boot-{}", std::process::id()));
     std::fs::create_dir(&share)?;
-    let descriptors: [OwnedFd; 5] = [
+    let descriptors: [OwnedFd; 6] = [
         File::options().read(true).write(true).open("/dev/kvm")?.into(),
         File::open(kernel)?.into(),
         File::open(root)?.into(),
         far_end.into(),
         File::open(&share)?.into(),
+        File::open(format!("/proc/{}/fd", child.id()))?.into(),
     ];
     std::fs::remove_dir(&share)?;
     let config = VmConfig {
@@ -67,7 +72,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         share: Some(bulkhead_protocol::control::Share {
             tag: "bulkhead".into(),
             root: Fd(4),
-            proc_self_fd: None,
+            proc_self_fd: Fd(5),
         }),
         vsock_listeners: vec![(ports::AGENT, Fd(3))],
         balloon: true,
@@ -103,6 +108,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             } => {
                 println!("{}\n{:?}", state.console, state.devices);
                 child.kill()?;
+            }
+            VmmMessage::Event(Event::VsockConnected { port: ports::AGENT }) => {
+                println!("agent connected after {} us", start.elapsed().as_micros());
+                if until_agent {
+                    child.kill()?;
+                }
             }
             other => println!("{other:?}"),
         }

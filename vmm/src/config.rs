@@ -22,7 +22,7 @@ pub enum ConfigError {
         max: u8,
     },
     /// Memory.
-    #[error("memory_mib is {0}; at least {min} are needed", min = layout::MIN_MEMORY_MIB)]
+    #[error("memory_mib is {0}; {min} to {max} are possible", min = layout::MIN_MEMORY_MIB, max = layout::MAX_MEMORY_MIB)]
     Memory(u32),
     /// Kernel parameters.
     #[error("command_line has a character that is not printable ASCII")]
@@ -64,7 +64,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
             max: config.max_vcpus,
         });
     }
-    if config.memory_mib < layout::MIN_MEMORY_MIB {
+    if !(layout::MIN_MEMORY_MIB..=layout::MAX_MEMORY_MIB).contains(&config.memory_mib) {
         return Err(ConfigError::Memory(config.memory_mib));
     }
     if !config
@@ -137,13 +137,17 @@ mod tests {
             validate(&config).map_err(|error| error.to_string())
         };
         type Case = (fn(&mut VmConfig), &'static str);
-        let cases: [Case; 9] = [
+        let cases: [Case; 10] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),
             (|config| config.max_vcpus = 0, "max_vcpus is 0"),
             (|config| config.max_vcpus = 33, "max_vcpus is 33"),
             (|config| config.memory_mib = 63, "memory_mib is 63"),
+            (
+                |config| config.memory_mib = (1 << 20) + 1,
+                "64 to 1048576 are possible",
+            ),
             (|config| config.command_line = "a\nb".into(), "command_line"),
             (|config| config.disk_slots = 1, "slot 1"),
             (|config| config.disk_slots = 16, "disk_slots (16)"),

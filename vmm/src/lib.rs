@@ -3,13 +3,14 @@
 //! `bulkhead-vmm` (see `main.rs`) receives a [`bulkhead_protocol::control::VmConfig`] and every
 //! descriptor over one inherited socket, boots one VM and runs it. It knows nothing of containers.
 //!
-//! [`machine`] builds the VM, in boot order; [`server`] answers the control socket and runs the event
-//! loop; [`vcpu`] runs the processors.
+//! [`machine`] builds the VM, in boot order; [`server`] answers the control socket; [`event_loop`]
+//! serves the devices; [`vcpu`] runs the processors.
 
 pub mod arch;
 pub mod command_line;
 pub mod config;
 pub mod console;
+pub mod event_loop;
 pub mod jail;
 pub mod machine;
 pub mod memory;

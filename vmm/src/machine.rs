@@ -9,7 +9,10 @@ use bulkhead_protocol::control::{
     BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VmConfig,
 };
 use bulkhead_protocol::ports;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -53,6 +56,16 @@ pub enum BuildError {
         /// Reason.
         #[source]
         source: kvm_ioctls::Error,
+    },
+    /// Guest memory and the root image behind it end above what the processor addresses.
+    #[error(
+        "Guest memory is too large: with the root image it ends at {end} MiB, and this processor addresses {limit} MiB"
+    )]
+    AddressSpace {
+        /// End of what the guest needs.
+        end: u64,
+        /// End of what there is.
+        limit: u64,
     },
     /// Guest memory.
     #[error("Cannot set up guest memory")]
@@ -154,12 +167,19 @@ impl Machine {
         let kvm_fd = take("kvm", config.kvm)?;
         // SAFETY: the descriptor is owned and given up here; ioctls on anything but /dev/kvm fail.
         let hypervisor = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(kvm_fd.into_raw_fd()) };
+        let mut kernel_file = File::from(take("kernel", config.kernel)?);
+        kernel::check(&kernel_file).map_err(BuildError::Kernel)?;
+        let supported = hypervisor
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("tell its CPUID"))?;
         let vm = create_vm(&hypervisor)?;
+        disable_performance_monitor(&vm)?;
         let memory = memory::allocate(config.memory_mib).map_err(BuildError::Memory)?;
         let mut memory_slots = add_memory(&vm, &memory)?;
         let image_file = File::from(take("root", config.root)?);
         let image = Image::map(&image_file).map_err(BuildError::Memory)?;
         let image_start = layout::persistent_memory_start(config.memory_mib);
+        check_address_space(&supported, image_start + image.length)?;
         add_memory_slot(
             &vm,
             &mut memory_slots,
@@ -177,7 +197,6 @@ impl Machine {
             .map_err(kvm("create interrupt controllers"))?;
         times.memory = now();
 
-        let mut kernel_file = File::from(take("kernel", config.kernel)?);
         let entry = kernel::load(&memory, &mut kernel_file).map_err(BuildError::Kernel)?;
         times.kernel = now();
 
@@ -197,16 +216,8 @@ impl Machine {
         if let Some(share) = &config.share {
             let root = File::from(take("share.root", share.root)?);
             share_root = Some(root.try_clone().map_err(BuildError::Host)?);
-            let proc_self_fd = share
-                .proc_self_fd
-                .map(|fd| take("share.proc_self_fd", fd))
-                .transpose()?;
-            let proc_self_fd = match proc_self_fd {
-                Some(fd) => File::from(fd),
-                // The one path this process opens: its own descriptors, while it can still see them.
-                None => File::open("/proc/self/fd").map_err(BuildError::Host)?,
-            };
-            let fs = Fs::new(0, &share.tag, root, Some(proc_self_fd)).map_err(BuildError::Fs)?;
+            let proc_self_fd = File::from(take("share.proc_self_fd", share.proc_self_fd)?);
+            let fs = Fs::new(0, &share.tag, root, proc_self_fd).map_err(BuildError::Fs)?;
             devices.push(Arc::new(Mutex::new(fs)));
         }
         devices.push(Arc::new(Mutex::new(Rng::new())));
@@ -258,9 +269,6 @@ impl Machine {
         );
         kernel::write_boot_data(&memory, &line).map_err(BuildError::Kernel)?;
         mptable::write(&memory, config.max_vcpus).map_err(BuildError::MpTable)?;
-        let supported = hypervisor
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(kvm("tell its CPUID"))?;
         let vcpus = (0..config.max_vcpus)
             .map(|id| create_vcpu(&vm, &supported, id, config.max_vcpus))
             .collect::<Result<Vec<_>, _>>()?;
@@ -346,6 +354,36 @@ fn create_vm(hypervisor: &Kvm) -> Result<VmFd, BuildError> {
             result => return result.map_err(kvm("create a VM")),
         }
     }
+}
+
+/// Takes the performance monitor from the guest. On AMD processors four counters exist whatever CPUID says.
+fn disable_performance_monitor(vm: &VmFd) -> Result<(), BuildError> {
+    let capability = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    // Linux 5.18 has it. Before, and without a monitor on the host, there is nothing to switch.
+    let switches = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if switches <= 0 || switches & KVM_PMU_CAP_DISABLE as i32 == 0 {
+        return Ok(());
+    }
+    vm.enable_cap(&capability)
+        .map_err(kvm("hide its performance monitor"))
+}
+
+/// Checks that guest-physical addresses below `end` exist.
+fn check_address_space(supported: &CpuId, end: u64) -> Result<(), BuildError> {
+    let limit = 1u64
+        .checked_shl(cpuid::address_bits(supported))
+        .unwrap_or(u64::MAX);
+    if end <= limit {
+        return Ok(());
+    }
+    Err(BuildError::AddressSpace {
+        end: end >> 20,
+        limit: limit >> 20,
+    })
 }
 
 fn add_memory(vm: &VmFd, memory: &GuestMemory) -> Result<u32, BuildError> {

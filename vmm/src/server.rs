@@ -1,16 +1,18 @@
 //! The VMM process: one control socket, one VM, one event loop.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bulkhead_protocol::control::{
     BootTimes, Channel, ChannelError, DeviceStatus, Event, Exit, ExitReason, Inspection, Received, Reply,
     Request, RequestMessage, VmmMessage,
 };
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use crate::error_chain;
+use crate::event_loop::{DeviceLoop, wait, watch};
 use crate::machine::{BuildError, Machine, now, open_disk, take_fd};
 use crate::virtio::vsock::VsockEvent;
 
@@ -19,8 +21,8 @@ const CONTROL: u64 = 0;
 const EXIT: u64 = 1;
 const DEVICES: u64 = 2;
 
-/// Low half of a device's epoll data when its own descriptor is meant, not a queue.
-const OWN_EVENT: u64 = 0xffff_ffff;
+/// How long far ends get to take what the guest sent before it ended.
+const DELIVERY_TIME: Duration = Duration::from_millis(500);
 
 /// Bytes of console output in an exit report, and in an inspection.
 const EXIT_CONSOLE: usize = 4 << 10;
@@ -97,31 +99,26 @@ struct Server<'a> {
     channel: &'a Channel,
     machine: Machine,
     poll: Epoll,
-    /// Watches everything of the devices, so that a pause takes one call.
-    device_poll: Epoll,
+    devices: DeviceLoop,
     paused: bool,
 }
 
 impl<'a> Server<'a> {
     fn new(channel: &'a Channel, machine: Machine) -> Result<Self, ServerError> {
         let poll = Epoll::new().map_err(ServerError::Poll)?;
-        let device_poll = Epoll::new().map_err(ServerError::Poll)?;
-        watch(&poll, channel.as_raw_fd(), CONTROL)?;
-        watch(&poll, machine.exit_event.as_raw_fd(), EXIT)?;
-        watch(&poll, device_poll.as_raw_fd(), DEVICES)?;
-        for (index, device) in (0u64..).zip(&machine.devices) {
-            for (queue, event) in (0u64..).zip(device.watched_queues()) {
-                watch(&device_poll, event.as_raw_fd(), index << 32 | queue)?;
-            }
-            if let Some(fd) = device.watched_event() {
-                watch(&device_poll, fd, index << 32 | OWN_EVENT)?;
-            }
+        let devices = DeviceLoop::new(&machine.devices, &machine.vsock).map_err(ServerError::Poll)?;
+        for (fd, data) in [
+            (channel.as_raw_fd(), CONTROL),
+            (machine.exit_event.as_raw_fd(), EXIT),
+            (devices.descriptor(), DEVICES),
+        ] {
+            watch(&poll, fd, data).map_err(ServerError::Poll)?;
         }
         Ok(Self {
             channel,
             machine,
             poll,
-            device_poll,
+            devices,
             paused: false,
         })
     }
@@ -129,7 +126,7 @@ impl<'a> Server<'a> {
     fn run(&mut self) -> Result<(), ServerError> {
         let mut events = [EpollEvent::default(); 8];
         loop {
-            let count = wait(&self.poll, -1, &mut events)?;
+            let count = wait(&self.poll, -1, &mut events).map_err(ServerError::Poll)?;
             for event in &events[..count] {
                 match event.data() {
                     CONTROL => match self.channel.receive() {
@@ -147,7 +144,9 @@ impl<'a> Server<'a> {
                         return self.report_exit(reason);
                     }
                     // A pause may have come in the same batch.
-                    DEVICES if !self.paused => self.run_devices()?,
+                    DEVICES if !self.paused => {
+                        self.devices.turn(Duration::ZERO).map_err(ServerError::Poll)?;
+                    }
                     _ => {}
                 }
             }
@@ -155,26 +154,15 @@ impl<'a> Server<'a> {
         }
     }
 
-    fn run_devices(&mut self) -> Result<(), ServerError> {
-        let mut events = [EpollEvent::default(); 32];
-        let count = wait(&self.device_poll, 0, &mut events)?;
-        for event in &events[..count] {
-            let (index, part) = (event.data() >> 32, event.data() & 0xffff_ffff);
-            let device = &self.machine.devices[index as usize];
-            if part == OWN_EVENT {
-                device.process_event();
-            } else {
-                device.process_queue(part as usize);
-            }
-        }
-        Ok(())
-    }
-
     fn send_vsock_events(&mut self) -> Result<(), ServerError> {
         let events = lock(&self.machine.vsock).take_events();
         for event in events {
             let message = match event {
                 VsockEvent::Connected { port } => VmmMessage::Event(Event::VsockConnected { port }),
+                VsockEvent::FirstData { port } => VmmMessage::Event(Event::VsockFirstData {
+                    port,
+                    monotonic_us: now(),
+                }),
                 VsockEvent::Closed { port } => VmmMessage::Event(Event::VsockClosed { port }),
                 VsockEvent::ConnectResult { token, result } => VmmMessage::Reply {
                     id: token,
@@ -187,8 +175,9 @@ impl<'a> Server<'a> {
     }
 
     fn report_exit(&mut self, reason: ExitReason) -> Result<(), ServerError> {
-        // What the guest sent before it ended is still to be delivered.
-        self.run_devices()?;
+        // Other vCPUs may still run. One that does not stop adds to its queues for the time of the delivery.
+        let _ = self.machine.vcpus.pause();
+        self.devices.deliver(DELIVERY_TIME).map_err(ServerError::Poll)?;
         self.send_vsock_events()?;
         let console = self.machine.console.tail(EXIT_CONSOLE);
         match send(
@@ -215,7 +204,7 @@ impl<'a> Server<'a> {
         let id = request.message.id;
         match request.message.request.clone() {
             Request::Boot(_) => return Err("The VM is booted already".into()),
-            Request::Pause => self.pause().map_err(|error| text(&error))?,
+            Request::Pause => self.pause()?,
             Request::Resume => self.resume().map_err(|error| text(&error))?,
             Request::VsockListen { port, far_end } => {
                 let far_end = take_fd(request, "far_end", far_end).map_err(|error| text(&error))?;
@@ -262,35 +251,45 @@ impl<'a> Server<'a> {
             .ok_or_else(|| format!("slot is {slot}; the VM has {} disk slots", disks.len()))
     }
 
-    fn pause(&mut self) -> io::Result<()> {
+    /// Stops everything, or nothing if something does not stop in time.
+    fn pause(&mut self) -> Result<(), String> {
         if self.paused {
             return Ok(());
         }
-        self.poll.ctl(
-            ControlOperation::Delete,
-            self.device_poll.as_raw_fd(),
-            EpollEvent::default(),
-        )?;
-        self.machine.vcpus.pause();
-        for device in &self.machine.devices {
-            device.set_paused(true);
+        let stopped = self.machine.vcpus.pause().map_err(|error| error_chain(&error));
+        let stopped = stopped.and_then(|()| {
+            for device in &self.machine.devices {
+                device
+                    .pause()
+                    .map_err(|error| format!("{} does not pause: {}", device.name(), error_chain(&error)))?;
+            }
+            let none = EpollEvent::default();
+            self.poll
+                .ctl(ControlOperation::Delete, self.devices.descriptor(), none)
+                .map_err(|error| error_chain(&error))
+        });
+        match stopped {
+            Ok(()) => self.paused = true,
+            Err(_) => self.release(),
         }
-        self.paused = true;
-        Ok(())
+        stopped
+    }
+
+    /// Lets devices and vCPUs go on.
+    fn release(&self) {
+        for device in &self.machine.devices {
+            device.resume();
+        }
+        self.machine.vcpus.resume();
     }
 
     fn resume(&mut self) -> io::Result<()> {
         if !self.paused {
             return Ok(());
         }
-        for device in &self.machine.devices {
-            device.set_paused(false);
-        }
-        let event = EpollEvent::new(EventSet::IN, DEVICES);
-        self.poll
-            .ctl(ControlOperation::Add, self.device_poll.as_raw_fd(), event)?;
-        self.machine.vcpus.resume();
+        watch(&self.poll, self.devices.descriptor(), DEVICES)?;
         self.paused = false;
+        self.release();
         Ok(())
     }
 
@@ -305,20 +304,6 @@ impl<'a> Server<'a> {
                     status: device.status(),
                 })
                 .collect(),
-        }
-    }
-}
-
-fn watch(poll: &Epoll, fd: RawFd, data: u64) -> Result<(), ServerError> {
-    poll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
-        .map_err(ServerError::Poll)
-}
-
-fn wait(poll: &Epoll, timeout: i32, events: &mut [EpollEvent]) -> Result<usize, ServerError> {
-    loop {
-        match poll.wait(timeout, events) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result.map_err(ServerError::Poll),
         }
     }
 }

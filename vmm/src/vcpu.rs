@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bulkhead_protocol::control::ExitReason;
 use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
@@ -20,6 +21,9 @@ use crate::virtio::mmio::MmioTransport;
 
 /// Stack of a vCPU thread in bytes.
 const STACK_SIZE: usize = 128 << 10;
+
+/// How long vCPUs get to stop before a pause fails. The control socket waits meanwhile.
+const PAUSE_TIME: Duration = Duration::from_secs(2);
 
 const RUN: u8 = 0;
 const PAUSE: u8 = 1;
@@ -133,27 +137,38 @@ impl Vcpus {
     }
 
     /// Stops all vCPUs at an instruction boundary; returns when they have stopped.
-    pub fn pause(&self) {
-        let mut parked = lock(&self.gate.parked);
+    ///
+    /// # Errors
+    /// One has not within [`PAUSE_TIME`], because a device's reset waits for the host. It stops behind that
+    /// unless [`resume`](Self::resume) comes before.
+    pub fn pause(&self) -> io::Result<()> {
+        let parked = lock(&self.gate.parked);
         self.gate.wanted.store(PAUSE, Ordering::SeqCst);
         for (thread, immediate_exit) in &self.threads {
             immediate_exit.set(1);
             // SAFETY: the thread has not been joined, so its id is valid; the signal has a handler.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
         }
-        while *parked < self.threads.len() {
-            parked = self
-                .gate
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
+        let all = self.threads.len();
+        let wait = self
+            .gate
+            .changed
+            .wait_timeout_while(parked, PAUSE_TIME, |parked| *parked < all);
+        let (_parked, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "a vCPU does not stop"));
         }
+        Ok(())
     }
 
     /// Lets paused vCPUs go on.
     pub fn resume(&self) {
         let _parked = lock(&self.gate.parked);
         self.gate.wanted.store(RUN, Ordering::SeqCst);
+        // One that had not stopped would never run again.
+        for (_, immediate_exit) in &self.threads {
+            immediate_exit.set(0);
+        }
         self.gate.changed.notify_all();
     }
 }
@@ -185,6 +200,9 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit,
     loop {
         if gate.wanted.load(Ordering::Relaxed) != RUN {
             gate.wait(immediate_exit);
+            // The guest's watchdogs shall not take the pause for a hang. KVM refuses with EINVAL as long as
+            // the guest has no clock of KVM's, and nothing is lost then.
+            let _ = vcpu.kvmclock_ctrl();
         }
         let reason = match vcpu.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -245,6 +263,29 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn a_vcpu_that_does_not_stop_in_time_runs_on_after_the_resume() {
+        register_signal_handler(SIGRTMIN(), interrupt).unwrap();
+        let flag = Box::leak(Box::new(AtomicU8::new(0)));
+        let (busy, done) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let _ = done.recv();
+        });
+        let vcpus = Vcpus {
+            gate: Arc::default(),
+            threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
+        };
+        assert_eq!(vcpus.pause().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(flag.load(Ordering::SeqCst), 1);
+        vcpus.resume();
+        assert_eq!(flag.load(Ordering::SeqCst), 0);
+        assert_eq!(vcpus.gate.wanted.load(Ordering::SeqCst), RUN);
+        drop(busy);
+        for (thread, _) in vcpus.threads {
+            thread.join().unwrap();
+        }
+    }
 
     #[test]
     fn ended_vcpus_do_not_hold_up_a_pause() {

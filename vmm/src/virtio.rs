@@ -16,5 +16,5 @@ pub(crate) mod test_queue;
 pub mod vsock;
 pub mod worker;
 
-pub use device::{Activation, DeviceError, VirtioDevice};
+pub use device::{Activation, DeviceError, Turn, VirtioDevice};
 pub use interrupt::Interrupt;

@@ -14,6 +14,7 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::cache;
+use crate::cargo;
 use crate::host::{ARTIFACT_STEPS, Artifacts, HOST_STEPS, Host, Outcome, Run};
 use crate::progress::Progress;
 use crate::workspace;
@@ -40,18 +41,29 @@ type Values = BTreeMap<String, Vec<u64>>;
 /// # Errors
 /// Something cannot be built, or a measurement fails.
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
-    let progress = Progress::new(ARTIFACT_STEPS + HOST_STEPS);
+    let progress = Progress::new(ARTIFACT_STEPS + HOST_STEPS + 1);
     let artifacts = Artifacts::build(&progress)?;
     let host = Host::build(&progress)?;
+    let programs = cargo::build(
+        &progress,
+        "boot program",
+        &["build", "--release", "--package=bulkhead-vmm", "--example=boot"],
+    )?;
     let out = cache::directory("bench")?.join(std::process::id().to_string());
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let result = measure(arguments, &artifacts, &host, &out);
+    let result = measure(arguments, &artifacts, programs.get("boot")?, &host, &out);
     fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
     println!("\n{}", table(&result?)?);
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(arguments: &Arguments, artifacts: &Artifacts, host: &Host, out: &Path) -> Result<Values> {
+fn measure(
+    arguments: &Arguments,
+    artifacts: &Artifacts,
+    boot: &Path,
+    host: &Host,
+    out: &Path,
+) -> Result<Values> {
     let transcript = out.join("transcript");
     let files = out.join("files");
     let mut run = Run::new(["with-containerd", "/opt/bench"].map(Into::into).into());
@@ -59,7 +71,10 @@ fn measure(arguments: &Arguments, artifacts: &Artifacts, host: &Host, out: &Path
     run.timeout = Duration::from_secs(arguments.timeout);
     run.out = Some(files.clone());
     run.transcript = Some(transcript.clone());
-    run.files = vec![("/opt/bench".to_owned(), workspace::path("tests/host/bench"))];
+    run.files = vec![
+        ("/opt/bench".to_owned(), workspace::path("tests/host/bench")),
+        ("/opt/boot".to_owned(), boot.to_owned()),
+    ];
     // QEMU as a peer, in the host: of the same release as the host's root.
     run.trees = vec![host.machine.qemu_tree()];
     run.environment = vec![("BENCH_ROUNDS".to_owned(), arguments.rounds.to_string())];
@@ -133,10 +148,16 @@ fn span(timeline: &Value, from: &str, to: &str) -> Result<u64> {
 /// A row: what it is, our value, the peer's name and value.
 struct Row(&'static str, &'static str, &'static str, &'static str);
 
-const STARTS: [Row; 2] = [
+const STARTS: [Row; 3] = [
     Row("`ctr run` to first output", "ours_run", "runc", "runc_run"),
     Row(
-        "VMM start to the agent's first answer (peer: to init's first line)",
+        "VMM process start to the agent's connection (peer: to init's first line)",
+        "ours_boot",
+        "QEMU microvm",
+        "qemu_boot",
+    ),
+    Row(
+        "the same in `ctr run`, VMM's main to the agent's first answer",
         "ours_agent_ready",
         "QEMU microvm",
         "qemu_boot",
@@ -207,7 +228,7 @@ mod tests {
     #[test]
     fn lines_become_a_table() {
         let text = "noise\nbench ours_run 600000\nbench ours_run 500000\nbench ours_run 520000\nbench runc_run 400000\n\
-                    bench qemu_boot 200000\nbench ours_agent_ready 100000\nbench ours_shim_pss 1024\n\
+                    bench qemu_boot 200000\nbench ours_agent_ready 100000\nbench ours_boot 100000\nbench ours_shim_pss 1024\n\
                     bench ours_vmm_pss 9216\nbench runc_shim_pss 10240\nbench runc_process_pss 0\n";
         let table = table(&parse(text).unwrap()).unwrap();
         assert!(

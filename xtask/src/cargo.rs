@@ -27,6 +27,11 @@ impl Programs {
             .map(|(_, path)| path.as_path())
             .with_context(|| format!("cargo did not build {name}"))
     }
+
+    /// Adds those of another run.
+    pub fn extend(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
 }
 
 /// Builds every program that is installed or put into the root image. One selection of packages for all purposes: cargo

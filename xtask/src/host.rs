@@ -4,6 +4,7 @@
 pub mod base;
 mod cpio;
 mod debian;
+mod lines;
 mod machine;
 mod run;
 
@@ -75,7 +76,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 4096)]
     memory: u32,
     /// Processors of the machine (one in the deterministic mode)
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = run::CPUS)]
     cpus: u32,
     /// Directory whose content is laid over the host's root (repeatable)
     #[arg(short = 'f', long = "files", value_name = "DIR")]

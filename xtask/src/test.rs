@@ -1,48 +1,26 @@
-//! `cargo xtask test`: unit and property tests with nextest, then the integration tests with each containerd.
+//! `cargo xtask test`: unit and property tests with nextest, format and lints, then the integration tests with each
+//! containerd.
+
+mod integration;
 
 use std::fmt;
-use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::ops::AddAssign;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::cargo::{self, Programs};
-use crate::here;
-use crate::host::{ARTIFACT_STEPS, Artifacts, Base, Containerd, HOST_STEPS, Host, IMAGE, Outcome, Run};
-use crate::image;
-use crate::kvm::{self, Place};
+use crate::cargo;
+use crate::host::Containerd;
 use crate::packages;
 use crate::progress::Progress;
 use crate::workspace;
 
-/// Wall time of the integration tests with one containerd in the emulated host.
-const LIMIT: Duration = Duration::from_secs(2000);
-
-/// Memory of the emulated host in MiB: the tests start twenty virtual machines at once.
-const MEMORY_MIB: u32 = 6144;
-
-/// Processors of the emulated host. With two, each emulated by a thread of its own, one boot of a guest in about forty
-/// ended in a triple fault, and once the host's own kernel found its stack overwritten; with one nothing of that was seen.
-const CPUS: u32 = 1;
-
-/// Deadlines of the tests are so many times longer in the emulated host.
-const TIME_SCALE: &str = "4";
-
-/// Failed tests are repeated once in the emulated host, unless there are more than this.
-const MOST_REPEATED: usize = 4;
-
-/// Where the integration tests are in the emulated host.
-const DIRECTORY: &str = "/opt/tests";
-
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Only the unit and property tests
+    /// Only the unit and property tests, the format and the lints
     #[arg(long, conflicts_with = "integration")]
     unit: bool,
     /// Only the integration tests
@@ -52,7 +30,7 @@ pub struct Arguments {
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
     /// Seconds that the integration tests with one containerd may take in the emulated host
-    #[arg(long, default_value_t = LIMIT.as_secs())]
+    #[arg(long, default_value_t = integration::LIMIT.as_secs())]
     timeout: u64,
     /// Arguments of the integration tests: part of a name, `--skip NAME`
     #[arg(last = true)]
@@ -93,11 +71,22 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let progress = Progress::new(0);
     let mut counts = Counts::default();
     if !arguments.integration {
-        progress.extend(1);
+        progress.extend(4);
         counts += unit(&progress)?;
+        counts += lint(&progress, "format of the source (cargo fmt)", &["fmt", "--check"])?;
+        let deny = ["--", "-D", "warnings"];
+        let all = [&["clippy", "--workspace", "--all-targets"], &deny[..]].concat();
+        counts += lint(&progress, "lints (cargo clippy)", &all)?;
+        // These have `test = false`, and that takes them out of all targets.
+        let named = [
+            &["clippy", "--workspace", "--test=integration", "--test=guest"],
+            &deny[..],
+        ]
+        .concat();
+        counts += lint(&progress, "lints of the tests on a machine of their own", &named)?;
     }
     if !arguments.unit {
-        counts += integration(&progress, arguments)?;
+        counts += integration::run(&progress, arguments)?;
     }
     println!("{counts}");
     Ok(ExitCode::from(u8::from(counts.failed > 0 || counts.passed == 0)))
@@ -126,6 +115,32 @@ fn unit(progress: &Progress) -> Result<Counts> {
             "cargo nextest failed ({status}), though no test did"
         );
         Ok(counts)
+    })
+}
+
+/// Runs one of cargo's checks of the source, which counts as one test.
+fn lint(progress: &Progress, title: &str, arguments: &[&str]) -> Result<Counts> {
+    if let Some(tool) = arguments.first()
+        && !has(tool)
+    {
+        eprintln!("{title}: skipped, because cargo {tool} is missing (rustup component add rustfmt clippy)");
+        return Ok(Counts {
+            skipped: 1,
+            ..Counts::default()
+        });
+    }
+    progress.step(title, |_| {
+        let status = Command::new(cargo::program())
+            .current_dir(workspace::root())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .status()
+            .with_context(|| format!("cannot run cargo {}", arguments.join(" ")))?;
+        Ok(Counts {
+            passed: u64::from(status.success()),
+            failed: u64::from(!status.success()),
+            skipped: 0,
+        })
     })
 }
 
@@ -162,14 +177,19 @@ fn summary(line: &str) -> Option<Counts> {
     Some(counts)
 }
 
-fn ensure_nextest(progress: &Progress) -> Result<()> {
+/// Whether cargo has this subcommand.
+fn has(tool: &str) -> bool {
     let found = Command::new(cargo::program())
-        .args(["nextest", "--version"])
+        .args([tool, "--version"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status();
-    if found.is_ok_and(|status| status.success()) {
+    found.is_ok_and(|status| status.success())
+}
+
+fn ensure_nextest(progress: &Progress) -> Result<()> {
+    if has("nextest") {
         return Ok(());
     }
     progress.extend(1);
@@ -182,185 +202,6 @@ fn ensure_nextest(progress: &Progress) -> Result<()> {
         ensure!(status.success(), "cannot install cargo-nextest ({status})");
         Ok(())
     })
-}
-
-fn integration(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
-    let containerds = match &arguments.containerd {
-        Some(one) => vec![*one],
-        None => Containerd::ALL.to_vec(),
-    };
-    progress.extend(ARTIFACT_STEPS + 1);
-    let artifacts = Artifacts::build(progress)?;
-    let programs = cargo::build(
-        progress,
-        "integration tests",
-        &[
-            "test",
-            "--release",
-            "--package=bulkhead-tests",
-            "--test=integration",
-            "--no-run",
-        ],
-    )?;
-    match kvm::choose(&artifacts.cli)? {
-        Place::Here => here(progress, &programs, &artifacts, &containerds, arguments),
-        Place::Emulated => emulated(progress, &programs, &artifacts, &containerds, arguments),
-    }
-}
-
-fn emulated(
-    progress: &Progress,
-    programs: &Programs,
-    artifacts: &Artifacts,
-    containerds: &[Containerd],
-    arguments: &Arguments,
-) -> Result<Counts> {
-    progress.extend(HOST_STEPS);
-    let host = Host::build(progress)?;
-    let mut counts = Counts::default();
-    for containerd in containerds {
-        eprintln!("integration tests with containerd {}:", containerd.version());
-        let logs = logs(*containerd)?;
-        let run = |filter: &[String]| -> Result<(String, Outcome)> {
-            let mut command = vec![
-                format!("{DIRECTORY}/integration").into(),
-                "--test-threads=1".into(),
-            ];
-            command.extend(filter.iter().map(Into::into));
-            let mut run = Run::new(command);
-            run.containerd = *containerd;
-            run.timeout = Duration::from_secs(arguments.timeout);
-            run.memory_mib = MEMORY_MIB;
-            run.cpus = CPUS;
-            run.transcript = Some(logs.join("output"));
-            run.console = Some(logs.join("console"));
-            run.out = Some(logs.clone());
-            for name in ["integration", "bulkhead-probe"] {
-                run.files
-                    .push((format!("{DIRECTORY}/{name}"), programs.get(name)?.to_owned()));
-            }
-            for (name, value) in [
-                ("BULKHEAD_TEST_IMAGE", IMAGE),
-                ("BULKHEAD_TEST_TIME_SCALE", TIME_SCALE),
-                ("BULKHEAD_TEST_LOG_DIR", "/out"),
-            ] {
-                run.environment.push((name.to_owned(), value.to_owned()));
-            }
-            let outcome = run.start(&host, Some(artifacts))?;
-            let text = fs::read(logs.join("output")).context("cannot read the tests' output")?;
-            Ok((String::from_utf8_lossy(&text).into_owned(), outcome))
-        };
-        let (text, outcome) = run(&arguments.filter)?;
-        let mut result = report(&text, outcome);
-        let failed = failed(&text);
-        if !failed.is_empty() && failed.len() <= MOST_REPEATED && failed.len() as u64 == result.failed {
-            // Deadlines in emulation depend on what else the machine does: a second chance, and said aloud.
-            eprintln!("once more, those that failed: {}", failed.join(", "));
-            let (text, outcome) = run(&[vec!["--exact".to_owned()], failed].concat())?;
-            let again = report(&text, outcome);
-            eprintln!("passed only when repeated: {}", again.passed);
-            result.passed += again.passed;
-            result.failed = again.failed;
-        }
-        counts += result;
-        eprintln!("logs: {}", logs.display());
-    }
-    Ok(counts)
-}
-
-/// Names of the tests that failed.
-fn failed(text: &str) -> Vec<String> {
-    text.lines()
-        .filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"))
-        .map(str::to_owned)
-        .collect()
-}
-
-fn here(
-    progress: &Progress,
-    programs: &Programs,
-    artifacts: &Artifacts,
-    containerds: &[Containerd],
-    arguments: &Arguments,
-) -> Result<Counts> {
-    progress.extend(1);
-    let base = Base::build(progress)?;
-    let image = image::busybox(&base.busybox())?;
-    let mut counts = Counts::default();
-    for containerd in containerds {
-        eprintln!("integration tests with containerd {}:", containerd.version());
-        let logs = logs(*containerd)?;
-        let mut child = here::command(&base, artifacts, *containerd)?
-            .arg(programs.get("integration")?)
-            .arg("--test-threads=1")
-            .args(&arguments.filter)
-            .env("BULKHEAD_TEST_IMAGE", &image)
-            .env("BULKHEAD_TEST_LOG_DIR", &logs)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot run the integration tests")?;
-        let stdout = child
-            .stdout
-            .take()
-            .context("the integration tests have no output")?;
-        let mut text = String::new();
-        for line in BufReader::new(stdout).lines() {
-            let line = line.context("cannot read the tests' output")?;
-            println!("{line}");
-            text += &line;
-            text.push('\n');
-        }
-        let status = child.wait().context("cannot wait for the integration tests")?;
-        let code = status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .unwrap_or(1);
-        counts += report(&text, Outcome::Exited(code));
-        eprintln!("logs: {}", logs.display());
-    }
-    Ok(counts)
-}
-
-/// An empty directory for what the tests with a containerd leave behind.
-fn logs(containerd: Containerd) -> Result<PathBuf> {
-    let directory = workspace::path("target/integration").join(containerd.version());
-    if directory.exists() {
-        fs::remove_dir_all(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
-    }
-    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    Ok(directory)
-}
-
-/// The counts in the output of the integration tests. A run that ended before its time is one failure more.
-fn report(text: &str, outcome: Outcome) -> Counts {
-    let mut counts = Counts::default();
-    let result = text.lines().find_map(|line| line.strip_prefix("test result: "));
-    let Some(result) = result else {
-        for line in text.lines().filter(|line| line.starts_with("test ")) {
-            counts.passed += u64::from(line.ends_with(" ok"));
-            counts.failed += u64::from(line.ends_with(" FAILED"));
-        }
-        counts.failed += 1;
-        eprintln!("the integration tests did not come to their end ({outcome:?}): counted as one failure");
-        return counts;
-    };
-    for part in result.split([';', '.']) {
-        let mut words = part.split_whitespace();
-        if let (Some(Ok(number)), Some(what)) = (words.next().map(str::parse::<u64>), words.next()) {
-            match what {
-                "passed" => counts.passed += number,
-                "failed" => counts.failed += number,
-                "ignored" => counts.skipped += number,
-                _ => {}
-            }
-        }
-    }
-    if outcome != Outcome::Exited(0) && counts.failed == 0 {
-        eprintln!("the integration tests ended with {outcome:?}: counted as one failure");
-        counts.failed = 1;
-    }
-    counts
 }
 
 #[cfg(test)]
@@ -386,29 +227,5 @@ mod tests {
             counts(2, 0, 0)
         );
         assert!(summary("        PASS [ 0.1s] summary 9 tests run: 1 passed").is_none());
-    }
-
-    #[test]
-    fn a_result_of_the_integration_tests_is_understood() {
-        let text = "running 6 tests\ntest a ... ok\n\ntest result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; \
-            4 filtered out; finished in 1.50s\n";
-        assert_eq!(report(text, Outcome::Exited(101)), counts(3, 2, 1));
-        let text =
-            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 9.00s\n";
-        assert_eq!(report(text, Outcome::Exited(0)), counts(3, 0, 0));
-        assert_eq!(report(text, Outcome::Exited(1)), counts(3, 1, 0));
-    }
-
-    #[test]
-    fn failed_tests_are_named() {
-        let text = "test a::b ... ok\ntest a::c ... FAILED\ntest result: FAILED. 1 passed; 1 failed\n";
-        assert_eq!(failed(text), ["a::c"]);
-    }
-
-    #[test]
-    fn a_run_that_was_cut_short_is_a_failure() {
-        let text = "running 9 tests\ntest a ... ok\ntest b ... FAILED\ntest c ... ok\ntest d ... ";
-        assert_eq!(report(text, Outcome::TimedOut), counts(2, 2, 0));
-        assert_eq!(report("", Outcome::Exited(0)), counts(0, 1, 0));
     }
 }

@@ -1,9 +1,13 @@
 //! What can be done to a container that exists.
 
+use std::fmt::Display;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use bulkhead_protocol::agent as proto;
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 
 use super::create::{REMOVE_LIMIT, refusal};
@@ -161,13 +165,21 @@ impl Container {
         Ok(Stats::read(&self.cgroup)?)
     }
 
-    /// Processes of the container.
+    /// Processes of the container: those that live, without the agent's helpers that make another one.
     ///
     /// # Errors
     /// It is being made or removed.
     pub fn processes(&self) -> Result<Vec<proto::ContainerProcess>, Error> {
         let pids = self.cgroup.processes()?;
+        let agent = Program::of("self");
         let state = self.state();
+        let init = state.init.pid.map(Pid::as_raw);
+        let belongs = |pid: &i32| match Program::of(pid) {
+            // Dead and not reaped yet, or gone since the group was read.
+            None => false,
+            // Between its fork and its program a process is the agent's, except that of a created container.
+            program => init == Some(*pid) || program != agent,
+        };
         let exec_of = |pid: i32| {
             let own = state
                 .execs
@@ -180,7 +192,25 @@ impl Container {
             exec_id: exec_of(pid),
             ..Default::default()
         };
-        Ok(pids.into_iter().map(process).collect())
+        Ok(pids.into_iter().filter(belongs).map(process).collect())
+    }
+}
+
+/// Identity of the file that a process executes.
+#[derive(PartialEq, Eq)]
+struct Program {
+    device: u64,
+    inode: u64,
+}
+
+impl Program {
+    /// The program of a living process, named as in `/proc`.
+    fn of(process: impl Display) -> Option<Self> {
+        let file = fs::metadata(format!("/proc/{process}/exe")).ok()?;
+        Some(Self {
+            device: file.dev(),
+            inode: file.ino(),
+        })
     }
 }
 

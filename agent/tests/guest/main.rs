@@ -13,7 +13,6 @@ mod specs;
 
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::time::Instant;
 
 use harness::Guest;
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -41,6 +40,7 @@ const TESTS: &[Test] = tests![
     containers::out_of_memory_is_told_before_the_exit,
     processes::signals,
     processes::exec_sees_the_container,
+    processes::listing_during_starts_and_ends,
     processes::exec_errors_name_the_program,
     processes::terminal_and_resize,
     processes::exits_come_in_order,
@@ -73,16 +73,17 @@ fn main() {
         |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
     let (mut passed, mut failed) = (0, 0);
     for (name, test) in TESTS.iter().filter(|(name, _)| chosen(name)) {
-        let start = Instant::now();
         if run(*test) {
             passed += 1;
-            println!("ok      {name} ({} ms)", start.elapsed().as_millis());
+            println!("test {name} ... ok");
         } else {
             failed += 1;
-            println!("FAILED  {name}");
+            println!("test {name} ... FAILED");
         }
     }
-    println!("{passed} passed, {failed} failed");
+    // As libtest says it.
+    let result = if failed > 0 { "FAILED" } else { "ok" };
+    println!("\ntest result: {result}. {passed} passed; {failed} failed; 0 ignored");
     std::process::exit(i32::from(failed > 0));
 }
 

@@ -280,3 +280,38 @@ pub async fn an_orphan_does_not_hold_the_exit(guest: &Guest) {
         .unwrap();
     assert!(start.elapsed().as_secs() < 12);
 }
+
+/// Neither the processes that make another one, nor dead ones, are the container's.
+pub async fn listing_during_starts_and_ends(guest: &Guest) {
+    guest.sleeper("c").await;
+    let request = proto::ListProcessesRequest {
+        container_id: "c".into(),
+        ..Default::default()
+    };
+    let starts = async {
+        for number in 0..20 {
+            let outcome = guest
+                .run_exec("c", &format!("e{number}"), &process(&["true"]))
+                .await;
+            assert_eq!(outcome.unwrap().status, 0);
+        }
+    };
+    let mut starts = std::pin::pin!(starts);
+    let mut listings = 0;
+    loop {
+        let list = async {
+            let list = guest.client().list_processes(context(), &request).await;
+            list.unwrap().processes
+        };
+        tokio::select! {
+            biased;
+            list = list => {
+                assert!((1..=2).contains(&list.len()), "{list:?}");
+                assert_eq!(list[0].exec_id, "");
+                listings += 1;
+            }
+            () = &mut starts => break,
+        }
+    }
+    assert!(listings > 20, "{listings}");
+}

@@ -33,7 +33,7 @@ fn config() -> VmConfig {
         share: Some(Share {
             tag: "shared".into(),
             root: Fd(6),
-            proc_self_fd: None,
+            proc_self_fd: Fd(8),
         }),
         vsock_listeners: vec![(1024, Fd(7))],
         balloon: true,

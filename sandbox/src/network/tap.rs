@@ -60,6 +60,55 @@ pub(super) fn create(
     Ok(tap)
 }
 
+/// Whether the interface has an ingress queue, which only one can have.
+pub(super) fn is_taken(netlink: &mut Netlink, interface: &Interface) -> Result<bool, NetworkError> {
+    let index = i32::try_from(interface.index).unwrap_or(i32::MAX);
+    let found = netlink.dump(
+        &format!("list the queues of {}", interface.name),
+        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(index)),
+    )?;
+    // A kernel may answer with the queues of all interfaces.
+    Ok(found.iter().any(|answer| match answer {
+        RouteNetlinkMessage::NewQueueDiscipline(queue) => {
+            queue.header.index == index && queue.header.parent == TcHandle::INGRESS
+        }
+        _ => false,
+    }))
+}
+
+/// Takes the ingress queue away, and with it the redirection. None is no error.
+pub(super) fn release(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
+    let queue = ingress(i32::try_from(index).unwrap_or(i32::MAX));
+    let result = netlink.change(
+        &format!("take the ingress queue from {name}"),
+        RouteNetlinkMessage::DelQueueDiscipline(queue),
+        false,
+    );
+    match result {
+        // No such queue: it was never made, or has been taken away.
+        Err(NetworkError::Refused { error, .. })
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
+            ) =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn ingress(index: i32) -> TcMessage {
+    let mut queue = TcMessage::with_index(index);
+    queue.header.handle = TcHandle {
+        major: u16::MAX,
+        minor: 0,
+    };
+    queue.header.parent = TcHandle::INGRESS;
+    queue.attributes.push(TcAttribute::Kind("ingress".into()));
+    queue
+}
+
 fn open(name: &str) -> std::io::Result<OwnedFd> {
     let tap = File::options()
         .read(true)
@@ -85,16 +134,9 @@ fn index_of(name: &str) -> std::io::Result<u32> {
 /// Everything that arrives at interface `from` leaves through `to`.
 fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
     let index = i32::try_from(from).unwrap_or(i32::MAX);
-    let mut qdisc = TcMessage::with_index(index);
-    qdisc.header.handle = TcHandle {
-        major: u16::MAX,
-        minor: 0,
-    };
-    qdisc.header.parent = TcHandle::INGRESS;
-    qdisc.attributes.push(TcAttribute::Kind("ingress".into()));
     netlink.change(
         &format!("add an ingress queue to {name}"),
-        RouteNetlinkMessage::NewQueueDiscipline(qdisc),
+        RouteNetlinkMessage::NewQueueDiscipline(ingress(index)),
         true,
     )?;
 

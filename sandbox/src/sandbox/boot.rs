@@ -50,7 +50,7 @@ impl Sandbox {
         self.0.timeline.mark("vmm_spawned");
         self.adopt(&vm, vsock_events)?;
 
-        let (agent_stream, config, descriptors) = self.vm_config()?;
+        let (agent_stream, config, descriptors) = self.vm_config(&vm)?;
         let agent = Agent::new(
             agent_stream,
             vm.clone(),
@@ -115,6 +115,7 @@ impl Sandbox {
             while let Some(event) = vsock_events.recv().await {
                 match event {
                     VsockEvent::Connected(port) => log::debug!("stream {port} connected"),
+                    VsockEvent::FirstData(port, time) => sandbox.first_data(port, time),
                     VsockEvent::Closed(port) => sandbox.0.streams.ended(port),
                 }
             }
@@ -128,7 +129,7 @@ impl Sandbox {
     }
 
     /// The host's end of the agent's stream, and the VM's description with its descriptors.
-    fn vm_config(&self) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
+    fn vm_config(&self, vm: &Vm) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
         let config = &self.0.config;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Descriptor)?;
         let mut fds = Descriptors::default();
@@ -136,11 +137,14 @@ impl Sandbox {
         let kernel = fds.add(open_for_vm("guest kernel", &config.kernel, false)?);
         let root = fds.add(open_for_vm("root image", &config.image, false)?);
         let tree = self.0.tree.as_ref().map(SharedTree::open).transpose()?;
-        let share = tree.map(|tree| Share {
-            tag: SHARE_TAG.into(),
-            root: fds.add(tree),
-            proc_self_fd: None,
-        });
+        let share = match tree {
+            Some(tree) => Some(Share {
+                tag: SHARE_TAG.into(),
+                root: fds.add(tree),
+                proc_self_fd: fds.add(vm.descriptors_directory()?),
+            }),
+            None => None,
+        };
         let agent = fds.add(theirs.into());
         let mut nets = Vec::new();
         for net in &self.0.network.lock().unwrap_or_else(PoisonError::into_inner).nets {
@@ -169,6 +173,14 @@ impl Sandbox {
             balloon: config.balloon,
         };
         Ok((ours.into(), vm_config, fds.into_vec()))
+    }
+
+    /// The first byte of a stream has come.
+    fn first_data(&self, port: u32, monotonic_us: u64) {
+        let timeline = &self.0.timeline;
+        if self.0.streams.is_output(port) && timeline.mark_once("first_output", monotonic_us) {
+            timeline.save(&self.0.id);
+        }
     }
 
     fn mark_boot(&self, times: &BootTimes) {

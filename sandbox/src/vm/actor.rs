@@ -109,6 +109,9 @@ impl Actor {
                 let _ = reply.send(result);
             }
             VmmMessage::Event(Event::VsockConnected { port }) => self.tell(VsockEvent::Connected(port)),
+            VmmMessage::Event(Event::VsockFirstData { port, monotonic_us }) => {
+                self.tell(VsockEvent::FirstData(port, monotonic_us));
+            }
             VmmMessage::Event(Event::VsockClosed { port }) => self.tell(VsockEvent::Closed(port)),
             VmmMessage::Event(Event::Exited(exit)) => self.exit = Some(exit),
         }

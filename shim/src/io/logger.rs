@@ -4,7 +4,7 @@
 //! arguments are the URI's query; its environment holds the container's id and namespace only.
 
 use std::io::{PipeReader, PipeWriter};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::Stdio as ProcessStdio;
 use std::sync::Arc;
 use std::time::Duration;

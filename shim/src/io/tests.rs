@@ -56,7 +56,7 @@ async fn a_fifo_stays_whole_while_nobody_reads_and_ends_when_both_keepers_are_go
         stdout: path.clone(),
         ..Paths::default()
     };
-    let stdio = open(&paths, OWNER, None).await.unwrap();
+    let stdio = open(&paths, OWNER).await.unwrap();
     let stream = stdio.stdout.unwrap();
     let mut writer = File::from(stream.far_end);
     writer.write_all(b"hello").unwrap();
@@ -79,7 +79,6 @@ async fn stdin_ends_only_when_the_keeper_is_dropped() {
             ..Paths::default()
         },
         OWNER,
-        None,
     )
     .await
     .unwrap();
@@ -110,7 +109,7 @@ async fn log_files_are_appended_and_their_directories_made() {
         ..Paths::default()
     };
     for text in ["1", "2"] {
-        let stdio = open(&paths, OWNER, None).await.unwrap();
+        let stdio = open(&paths, OWNER).await.unwrap();
         File::from(stdio.stdout.unwrap().far_end)
             .write_all(text.as_bytes())
             .unwrap();
@@ -128,10 +127,7 @@ async fn a_regular_file_is_not_a_fifo() {
         stdout: dir.join("f").to_str().unwrap().into(),
         ..Paths::default()
     };
-    assert!(matches!(
-        open(&paths, OWNER, None).await,
-        Err(IoError::NotFifo(_))
-    ));
+    assert!(matches!(open(&paths, OWNER).await, Err(IoError::NotFifo(_))));
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -150,7 +146,7 @@ async fn a_logging_program_gets_its_descriptors_arguments_and_environment() {
         stdout: format!("binary://{}?k=v", script.display()),
         ..Paths::default()
     };
-    let stdio = open(&paths, OWNER, None).await.unwrap();
+    let stdio = open(&paths, OWNER).await.unwrap();
     let (stdout, stderr) = (stdio.stdout.unwrap(), stdio.stderr.unwrap());
     File::from(stdout.far_end).write_all(b"one\n").unwrap();
     File::from(stderr.far_end).write_all(b"two\n").unwrap();
@@ -174,10 +170,7 @@ async fn a_missing_logging_program_is_an_error() {
         stdout: "binary:///nonexistent/logger".into(),
         ..Paths::default()
     };
-    assert!(matches!(
-        open(&paths, OWNER, None).await,
-        Err(IoError::Logger(..))
-    ));
+    assert!(matches!(open(&paths, OWNER).await, Err(IoError::Logger(..))));
 }
 
 proptest! {

@@ -89,6 +89,8 @@ fn sizes_out_of_range() {
         ("c", "default_vcpus", "0"),
         ("d", "default_memory", "32"),
         ("e", "path", "/bin/qemu"),
+        // A pod cannot name a kernel at all, so neither one that is not ELF.
+        ("f", "kernel", "/etc/passwd"),
     ] {
         let annotation = format!("io.katacontainers.config.hypervisor.{key}={value}");
         refused(

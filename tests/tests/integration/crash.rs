@@ -53,8 +53,10 @@ fn the_vmm_is_killed_and_containerd_hears_the_exit_within_a_second() {
     let killed = kill_hard(vmms[0]);
     let (after, status) = exit_after(&events, &id, killed);
     assert_eq!(status, 137, "{events}");
+    println!("the exit event came after {after:?}");
+    // In the emulated host too.
     assert!(
-        after <= config().seconds(1),
+        after <= Duration::from_secs(1),
         "the exit event came after {after:?}"
     );
     // The second process has ended as well, and its exit was told before the first one's.

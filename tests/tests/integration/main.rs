@@ -21,11 +21,14 @@ use std::path::PathBuf;
 use bulkhead_tests::Fixture;
 
 mod bad_input;
+mod calls;
 mod crash;
 mod events;
 mod files;
 mod isolation;
+mod layers;
 mod logging;
+mod network;
 mod pods;
 mod process;
 mod resources;
@@ -35,6 +38,7 @@ mod snapshotters;
 mod specification;
 mod streams;
 mod task;
+mod vmm;
 
 /// The probe: beside this program, or where the build left it.
 fn probe() -> PathBuf {

@@ -2,6 +2,7 @@
 
 use bulkhead_tests::config;
 use bulkhead_tests::fixture::wait_until;
+use bulkhead_tests::image::PROBE_IMAGE;
 
 use crate::events::{follow, of_task};
 use crate::fixture;
@@ -26,7 +27,37 @@ fn going_over_the_memory_limit_is_an_out_of_memory_kill() {
     let complete = wait_until(config().seconds(10), || {
         topics().last().is_some_and(|topic| topic == "/tasks/delete")
     });
-    assert!(complete && topics().contains(&"/tasks/oom".into()), "{events}");
+    let expected = ["create", "start", "oom", "exit", "delete"].map(|topic| format!("/tasks/{topic}"));
+    assert!(complete && topics() == expected, "{events}");
+    drop(events);
+}
+
+/// The kernel kills in the container's cgroup, and neither the container nor its guest is lost with it.
+#[test]
+fn a_second_process_over_the_memory_limit_is_killed_alone() {
+    let test = fixture("oom-exec");
+    let events = follow(&test);
+    let limit = (48 << 20).to_string();
+    let id = test
+        .run("a", PROBE_IMAGE, &["sleep", "1000"])
+        .with(&["--memory-limit", &limit])
+        .detach();
+    let exec = |name: &str, command: &[&str]| {
+        test.ctr(&[&["tasks", "exec", "--exec-id", name, &id], command].concat())
+    };
+    let done = exec("greedy", &["/probe", "allocate", "200"]).expect_code(137);
+    assert!(String::from_utf8_lossy(&done.stdout).contains("16 MiB"), "{done}");
+    assert_eq!(exec("modest", &["echo", "still here"]).text(), "still here\n");
+    assert_eq!(test.task(&id).unwrap().1, "RUNNING");
+    let order = || -> Vec<_> {
+        let told = of_task(&events, &id).into_iter();
+        told.filter(|(topic, event)| topic == "/tasks/oom" || event["id"] == "greedy")
+            .map(|(topic, _)| topic)
+            .collect()
+    };
+    let told = wait_until(config().seconds(10), || order() == ["/tasks/oom", "/tasks/exit"]);
+    assert!(told, "{events}");
+    test.kill_and_remove(&id);
     drop(events);
 }
 

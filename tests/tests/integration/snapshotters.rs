@@ -21,6 +21,10 @@ fn run_on(name: &'static str, snapshotter: &str) -> Option<Value> {
             test.containerd.version.starts_with('1'),
             "{snapshotter} is missing"
         );
+        println!(
+            "containerd {} has no {snapshotter} snapshotter: nothing to test with it",
+            test.containerd.version
+        );
         return None;
     }
     test.containerd.unpack_probe(snapshotter);

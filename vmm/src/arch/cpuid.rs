@@ -2,17 +2,46 @@
 //!
 //! KVM's supported values are the base. Changed are: what depends on the vCPU's number, the topology (one
 //! package of single-threaded cores sharing the last cache), the performance monitor and nested
-//! virtualisation (both absent), and the bits a guest of a hypervisor needs.
+//! virtualisation (both absent), and the bits a guest of a hypervisor needs. Extended leaves that AMD
+//! defines are reserved on Intel processors and left alone there.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// Vendors whose extended leaves are AMD's (leaf 0, registers EBX, EDX, ECX).
+const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
+
+/// Physical address bits of a processor that does not tell (AMD APM vol. 3, E.4.7).
+const DEFAULT_ADDRESS_BITS: u32 = 36;
 
 /// Fits `supported` to vCPU `id` of `count`.
 pub fn normalize(supported: &CpuId, id: u8, count: u8) -> CpuId {
     let mut cpuid = supported.clone();
+    let amd = is_amd(supported);
+    let (id, count) = (u32::from(id), u32::from(count.max(1)));
     for entry in cpuid.as_mut_slice() {
-        normalize_entry(entry, u32::from(id), u32::from(count.max(1)));
+        normalize_entry(entry, id, count);
+        if amd {
+            normalize_amd_entry(entry, id, count);
+        }
     }
     cpuid
+}
+
+/// Bits of a guest-physical address.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let mut entries = supported.as_slice().iter();
+    match entries.find(|entry| entry.function == 0x8000_0008) {
+        Some(entry) if entry.eax & 0xff != 0 => entry.eax & 0xff,
+        _ => DEFAULT_ADDRESS_BITS,
+    }
+}
+
+fn is_amd(supported: &CpuId) -> bool {
+    let mut entries = supported.as_slice().iter();
+    entries.find(|entry| entry.function == 0).is_some_and(|entry| {
+        let words = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
+        AMD_VENDORS.iter().any(|vendor| words.concat() == **vendor)
+    })
 }
 
 /// Number of bits an APIC id needs when there are `count` of them.
@@ -54,7 +83,7 @@ fn normalize_entry(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
             entry.ecx &= !(1 << 3);
         }
         // Architectural performance monitoring: none.
-        (0xa, _) | (0x8000_0022, _) => {
+        (0xa, _) => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         // Extended topology: threads, then cores.
@@ -66,6 +95,16 @@ fn normalize_entry(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
         }
         (0xb | 0x1f, index) => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, index, id);
+        }
+        _ => {}
+    }
+}
+
+fn normalize_amd_entry(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
+    match (entry.function, entry.index) {
+        // Performance monitoring, version 2: none.
+        (0x8000_0022, _) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         // AMD features: SVM and the performance counter extensions off.
         (0x8000_0001, _) => {
@@ -111,9 +150,44 @@ mod tests {
         }
     }
 
+    fn vendor(name: &[u8; 12]) -> kvm_cpuid_entry2 {
+        let word = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
+        kvm_cpuid_entry2 {
+            ebx: word(0),
+            edx: word(4),
+            ecx: word(8),
+            ..Default::default()
+        }
+    }
+
+    fn normalized_by(name: &[u8; 12], function: u32, index: u32, id: u8, count: u8) -> kvm_cpuid_entry2 {
+        let supported = CpuId::from_entries(&[vendor(name), leaf(function, index)]).unwrap();
+        normalize(&supported, id, count).as_slice()[1]
+    }
+
     fn normalized(function: u32, index: u32, id: u8, count: u8) -> kvm_cpuid_entry2 {
-        let supported = CpuId::from_entries(&[leaf(function, index)]).unwrap();
-        normalize(&supported, id, count).as_slice()[0]
+        normalized_by(b"AuthenticAMD", function, index, id, count)
+    }
+
+    #[test]
+    fn extended_leaves_of_amd_are_left_alone_on_other_processors() {
+        for function in [0x8000_0001, 0x8000_0008, 0x8000_000a, 0x8000_001e, 0x8000_0022] {
+            let untouched = leaf(function, 0);
+            assert_eq!(normalized_by(b"GenuineIntel", function, 0, 1, 4), untouched);
+            let amd = normalized(function, 0, 1, 4);
+            assert_ne!(amd, untouched, "{function:#x}");
+            assert_eq!(normalized_by(b"HygonGenuine", function, 0, 1, 4), amd);
+        }
+        assert_eq!(normalized(0x8000_0008, 0, 1, 4).ecx, 2 << 12 | 3);
+    }
+
+    #[test]
+    fn address_bits_are_those_of_the_processor() {
+        let bits = |entry| address_bits(&CpuId::from_entries(&[entry]).unwrap());
+        let mut sizes = leaf(0x8000_0008, 0);
+        sizes.eax = 0x3030;
+        assert_eq!(bits(sizes), 48);
+        assert_eq!(bits(leaf(0, 0)), 36);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! without a PVH note.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -15,6 +16,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMe
 use super::layout;
 use crate::memory::GuestMemory;
 
+/// Start of an ELF file's `e_ident`: magic number, 64-bit class, little endian (elf(5)).
+const ELF64_LITTLE_ENDIAN: [u8; 6] = *b"\x7fELF\x02\x01";
+/// `e_machine` of x86-64, at offset 18.
+const EM_X86_64: u16 = 62;
+
 /// `type` of an e820 entry.
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -22,8 +28,14 @@ const E820_RESERVED: u32 = 2;
 /// Why the kernel could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// Not an ELF image, or one that does not fit in memory.
-    #[error("Cannot load the kernel image: an uncompressed ELF vmlinux for x86-64 is needed")]
+    /// The image cannot be read.
+    #[error("Cannot read the kernel image")]
+    Read(#[source] std::io::Error),
+    /// Not an ELF image, or one of another processor.
+    #[error("The kernel image is not an uncompressed ELF vmlinux for x86-64")]
+    NotElf,
+    /// Damaged, or one that does not fit in memory.
+    #[error("Cannot load the kernel image, an ELF vmlinux")]
     Load(#[source] linux_loader::loader::Error),
     /// The command line is too long.
     #[error("Kernel command line of {0} bytes is over the limit of {limit}", limit = layout::COMMAND_LINE_SIZE - 1)]
@@ -34,6 +46,23 @@ pub enum KernelError {
     /// The zero page.
     #[error("Cannot write the boot parameters")]
     BootParameters(#[source] linux_loader::configurator::Error),
+}
+
+/// Checks that the image is an ELF file for x86-64, before anything is made for it.
+///
+/// # Errors
+/// [`KernelError::Read`], [`KernelError::NotElf`].
+pub fn check(image: &File) -> Result<(), KernelError> {
+    let mut header = [0; 20];
+    match image.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(KernelError::NotElf),
+        result => result.map_err(KernelError::Read)?,
+    }
+    if header.starts_with(&ELF64_LITTLE_ENDIAN) && header[18..] == EM_X86_64.to_le_bytes() {
+        Ok(())
+    } else {
+        Err(KernelError::NotElf)
+    }
 }
 
 /// Loads an ELF `vmlinux`; the address of its 64-bit entry.
@@ -166,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn image_that_is_not_elf_is_refused() {
+    fn image_that_is_not_elf_for_this_processor_is_refused() {
         let path = std::env::temp_dir().join(format!("bulkhead-not-elf-{}", std::process::id()));
         let mut file = File::options()
             .read(true)
@@ -175,8 +204,18 @@ mod tests {
             .open(&path)
             .unwrap();
         std::fs::remove_file(&path).unwrap();
-        file.write_all(&[b'#'; 4096]).unwrap();
-        let error = load(&memory(64), &mut file).unwrap_err();
+        assert!(matches!(check(&file), Err(KernelError::NotElf)), "empty");
+        let mut header = [0; 64];
+        header[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        header[18] = 62;
+        file.write_all(&header).unwrap();
+        check(&file).unwrap();
+        for (offset, byte) in [(0, b'#'), (4, 1), (18, 183)] {
+            file.write_all_at(&[byte], offset).unwrap();
+            assert!(matches!(check(&file), Err(KernelError::NotElf)));
+            file.write_all_at(&header, 0).unwrap();
+        }
+        let error = load(&memory(64), &mut file).expect_err("nothing but a header");
         assert!(error.to_string().contains("ELF vmlinux"), "{error}");
     }
 }

@@ -68,6 +68,8 @@ pub const MAX_DEVICES: u32 = LAST_GSI - FIRST_GSI + 1;
 
 /// Smallest guest memory in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
+/// Largest guest memory in MiB: 1 TiB.
+pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 /// Most vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 

@@ -65,8 +65,7 @@ fn build(processors: u8) -> Vec<u8> {
         entry[8..12].copy_from_slice(&0x201u32.to_le_bytes());
         add(&entry);
     }
-    add(b"\x01\x00ISA   ".as_slice());
-    debug_assert_eq!(BUS, 1);
+    add(&[BUS, 0, b'I', b'S', b'A', b' ', b' ', b' ']);
     let [a, b, c, d] = layout::IOAPIC.to_le_bytes();
     add(&[IO_APIC, io_apic_id, APIC_VERSION, 1, a, b, c, d]);
     for line in 0..=layout::LAST_GSI as u8 {

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES, Segment};
-use super::{Activation, DeviceError, Interrupt, VirtioDevice, config};
+use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// The balloon gives way when the guest runs out of memory (virtio 1.2, 5.5.3).
@@ -32,6 +32,9 @@ const PAGES_PER_MIB: u32 = (1 << 20) / PAGE_SIZE as u32;
 
 /// Longest array of page numbers taken in one request, in bytes. Linux sends 1 KiB.
 const MAX_PFN_BYTES: usize = 64 << 10;
+
+/// Requests before other devices get their turn; the largest takes a system call for each of 16,384 pages.
+const BUDGET: usize = 4;
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
@@ -153,29 +156,27 @@ impl VirtioDevice for Balloon {
         self.actual = 0;
     }
 
-    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError> {
         let Some(queue) = self
             .active
             .as_mut()
             .and_then(|active| active.queues.get_mut(index))
         else {
-            return Ok(());
+            return Ok(Turn::Done);
         };
-        let memory = queue.memory().clone();
-        while let Some(chain) = queue.pop()? {
+        queue.serve(BUDGET, |memory, chain| {
             match index {
-                INFLATE => inflate(&memory, &chain)?,
+                INFLATE => inflate(memory, chain)?,
                 // The guest may use the pages again; the host gives them when they are touched.
                 DEFLATE => {}
                 _ => {
                     for segment in chain.writable() {
-                        discard(&memory, segment)?;
+                        discard(memory, segment)?;
                     }
                 }
             }
-            queue.add_used(chain, 0)?;
-        }
-        queue.signal()
+            Ok(0)
+        })
     }
 }
 

@@ -14,24 +14,30 @@ pub use disk::{DiskError, DiskImage, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Interrupt, VirtioDevice, config};
+use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
 
 const QUEUE_SIZES: &[u16] = &[128];
 
 /// Data segments in one request: the queue holds them with a header and a status.
 const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
 
+/// Longest data segment in bytes; with [`SEG_MAX`] it bounds a request, and so the time others wait for it.
+const SIZE_MAX: u32 = 512 << 10;
+
 /// Longest range of one discard or write-zeroes segment, in sectors: 1 GiB.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
 
 /// Most ranges in one discard or write-zeroes request.
 const MAX_RANGES: u32 = 16;
+
+/// Requests before other devices get their turn.
+const BUDGET: usize = 16;
 
 /// Length of the configuration space up to the last field of the features offered (virtio 1.2, 5.2.4).
 const CONFIG_SIZE: usize = 60;
@@ -151,6 +157,7 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let block = [
+            VIRTIO_BLK_F_SIZE_MAX,
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_FLUSH,
@@ -171,6 +178,7 @@ impl VirtioDevice for Block {
         let mut space = [0; CONFIG_SIZE];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.sectors().to_le_bytes());
+        put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &(SECTOR_SIZE as u32).to_le_bytes());
         // Topology: 2^3 logical blocks make a physical one, so that file systems align to 4 KiB.
@@ -201,15 +209,12 @@ impl VirtioDevice for Block {
         self.active = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
         let Some(Active { queue, .. }) = &mut self.active else {
-            return Ok(());
+            return Ok(Turn::Done);
         };
-        let memory = queue.memory().clone();
-        while let Some(chain) = queue.pop()? {
-            let written = request::serve(&memory, &chain, self.disk.as_ref(), self.slot)?;
-            queue.add_used(chain, written)?;
-        }
-        queue.signal()
+        queue.serve(BUDGET, |memory, chain| {
+            request::serve(memory, chain, self.disk.as_ref(), self.slot)
+        })
     }
 }

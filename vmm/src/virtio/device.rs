@@ -45,6 +45,15 @@ pub enum DeviceError {
     Protocol(&'static str),
 }
 
+/// How a turn of [`VirtioDevice::process_queue`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The queue is empty, or the device sees to the rest by itself.
+    Done,
+    /// The budget is used up: the queue is to be served again when others have had their turn.
+    Again,
+}
+
 /// A virtio device.
 ///
 /// A device is owned by one mutex. The transport calls the configuration methods from vCPU threads;
@@ -91,9 +100,11 @@ pub trait VirtioDevice: Debug + Send {
 
     /// The driver kicked queue `index`. Not called before `activate`.
     ///
+    /// A driver can fill a queue as fast as it is emptied, so a call serves a bounded number of chains.
+    ///
     /// # Errors
     /// See [`DeviceError`].
-    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError>;
+    fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError>;
 
     /// A descriptor the event loop watches for input in the whole life of the device (a nested epoll
     /// descriptor if there are several).
@@ -120,9 +131,14 @@ pub trait VirtioDevice: Debug + Send {
     /// [`owns_queue_events`](Self::owns_queue_events).
     fn set_queue_events(&mut self, _events: Vec<vmm_sys_util::eventfd::EventFd>) {}
 
-    /// Stops work at a queue boundary until [`resume`](Self::resume). The event loop itself is stopped
-    /// during a pause, so only devices with workers do anything here.
-    fn pause(&mut self) {}
+    /// Stops work at a queue boundary until [`resume`](Self::resume), which follows also after an error. The
+    /// event loop itself is stopped during a pause, so only devices with workers do anything here.
+    ///
+    /// # Errors
+    /// A request hangs on the host.
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Goes on after [`pause`](Self::pause).
     fn resume(&mut self) {}

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
 use super::worker::Worker;
-use super::{Activation, DeviceError, VirtioDevice, config};
+use super::{Activation, DeviceError, Turn, VirtioDevice, config};
 
 /// Longest tag in bytes (virtio 1.2, 5.11.4).
 const TAG_SIZE: usize = 36;
@@ -50,7 +50,7 @@ pub struct Fs {
     name: String,
     config: [u8; TAG_SIZE + 4],
     root: File,
-    proc_self_fd: Option<File>,
+    proc_self_fd: File,
     guest_files: u64,
     kicks: Arc<Vec<EventFd>>,
     failed: EventFd,
@@ -60,15 +60,15 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Serves the directory `root` under the mount tag `tag`. `proc_self_fd` is this process's
-    /// `/proc/self/fd`; without it the path is opened when the driver starts the device.
+    /// Serves the directory `root` under the mount tag `tag`. `proc_self_fd` is the
+    /// directory of this process's descriptors, `/proc/<pid>/fd`.
     ///
     /// The server keeps a descriptor for every file the guest knows, so this raises the process's limit of
     /// open files as far as it goes.
     ///
     /// # Errors
     /// See [`FsError`].
-    pub fn new(index: u32, tag: &str, root: File, proc_self_fd: Option<File>) -> Result<Self, FsError> {
+    pub fn new(index: u32, tag: &str, root: File, proc_self_fd: File) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_SIZE {
             return Err(FsError::Tag);
         }
@@ -103,7 +103,7 @@ impl Fs {
 
     fn start(&self, queues: Vec<DeviceQueue>) -> io::Result<Worker> {
         let root = self.root.try_clone()?;
-        let proc_self_fd = self.proc_self_fd.as_ref().map(File::try_clone).transpose()?;
+        let proc_self_fd = self.proc_self_fd.try_clone()?;
         let guest_files = self.guest_files;
         Worker::start(
             &self.name,
@@ -148,9 +148,9 @@ impl VirtioDevice for Fs {
         self.paused = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
         // Kicks go to the worker.
-        Ok(())
+        Ok(Turn::Done)
     }
 
     fn event_fd(&self) -> Option<RawFd> {
@@ -174,8 +174,12 @@ impl VirtioDevice for Fs {
         self.kicks = Arc::new(events);
     }
 
-    fn pause(&mut self) {
-        self.paused = self.worker.as_ref().map(Worker::pause);
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        self.paused = match &self.worker {
+            Some(worker) => Some(worker.pause().map_err(DeviceError::Backend)?),
+            None => None,
+        };
+        Ok(())
     }
 
     fn resume(&mut self) {

@@ -6,14 +6,14 @@ mod tests;
 
 use std::io::{self, Write};
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use registers::Registers;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, DeviceError, Interrupt, VirtioDevice};
+use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice};
 use crate::arch::layout;
 use crate::error_chain;
 use crate::memory::GuestMemory;
@@ -71,6 +71,8 @@ pub struct MmioTransport {
     active: AtomicBool,
     /// Whether the device has failed since its last reset; nothing of it runs then.
     failed: AtomicBool,
+    /// Device status register, for those who must not wait while the driver holds the registers.
+    status: AtomicU8,
     /// Failures told of on standard error, which a guest could otherwise flood.
     reports: AtomicU32,
     interrupt: Arc<Interrupt>,
@@ -116,6 +118,7 @@ impl MmioTransport {
             device,
             active: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            status: AtomicU8::new(0),
             reports: AtomicU32::new(0),
             interrupt,
             queue_events,
@@ -160,9 +163,9 @@ impl MmioTransport {
         self.event_fd
     }
 
-    /// Device status register.
+    /// Device status register. Never waits.
     pub fn status(&self) -> u8 {
-        lock(&self.registers).status()
+        self.status.load(Ordering::SeqCst)
     }
 
     /// State of the registers, for a snapshot.
@@ -176,24 +179,37 @@ impl MmioTransport {
             // Readable or not, the queue is looked at.
             let _ = event.read();
         }
-        self.run(|device, active| {
+        let turn = self.run(|device, active| {
             if active {
                 device.process_queue(index)
             } else {
-                Ok(())
+                Ok(Turn::Done)
             }
         });
+        if turn == Turn::Again
+            && let Some(event) = self.queue_events.get(index)
+        {
+            // It can fail only if the counter is full: then it is readable.
+            let _ = event.write(1);
+        }
     }
 
     /// The device's own descriptor is readable.
     pub fn process_event(&self) {
-        self.run(|device, _| device.process_event());
+        self.run(|device, _| device.process_event().map(|()| Turn::Done));
     }
 
-    /// Stops (or lets go on) the device's workers.
-    pub fn set_paused(&self, paused: bool) {
-        let mut device = lock(&self.device);
-        if paused { device.pause() } else { device.resume() }
+    /// Stops the device's workers until [`resume`](Self::resume), which follows also after an error.
+    ///
+    /// # Errors
+    /// A request hangs on the host.
+    pub fn pause(&self) -> Result<(), DeviceError> {
+        lock(&self.device).pause()
+    }
+
+    /// Lets the device's workers go on.
+    pub fn resume(&self) {
+        lock(&self.device).resume();
     }
 
     /// Marks the device as broken; the driver has to reset it (virtio 1.2, 2.1.2).
@@ -203,23 +219,28 @@ impl MmioTransport {
             // Nobody reads it once the sandbox has gone.
             let _ = writeln!(io::stderr(), "{}: {}", self.name, error_chain(error));
         }
-        if lock(&self.registers).set_needs_reset() {
+        let mut registers = lock(&self.registers);
+        let driver_listens = registers.set_needs_reset();
+        self.status.store(registers.status(), Ordering::SeqCst);
+        drop(registers);
+        if driver_listens {
             // A driver that hears nothing finds the bit when it next looks.
             let _ = self.interrupt.config_change();
         }
     }
 
-    fn run(&self, work: impl FnOnce(&mut dyn VirtioDevice, bool) -> Result<(), DeviceError>) {
+    fn run(&self, work: impl FnOnce(&mut dyn VirtioDevice, bool) -> Result<Turn, DeviceError>) -> Turn {
         if self.failed.load(Ordering::SeqCst) {
-            return;
+            return Turn::Done;
         }
         let result = {
             let mut device = lock(&self.device);
             work(&mut *device, self.active.load(Ordering::Relaxed))
         };
-        if let Err(error) = result {
+        result.unwrap_or_else(|error| {
             self.fail(&error);
-        }
+            Turn::Done
+        })
     }
 
     /// The guest reads `data.len()` bytes at `offset` of the register window.
@@ -269,7 +290,9 @@ impl MmioTransport {
 
     fn write_status(&self, value: u32) {
         let mut registers = lock(&self.registers);
-        match registers.write_status(value) {
+        let change = registers.write_status(value);
+        self.status.store(registers.status(), Ordering::SeqCst);
+        match change {
             registers::StatusChange::None => {}
             registers::StatusChange::Reset => {
                 let mut device = lock(&self.device);

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, VirtioDevice, config};
+use super::{Activation, DeviceError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// The only request type (virtio 1.2, 5.19.6).
@@ -19,6 +19,9 @@ const TYPE_FLUSH: u32 = 0;
 const RESULT_OK: u32 = 0;
 /// Answer to any other: the value of `-1` (virtio 1.2, 5.19.7.2).
 const RESULT_ERROR: u32 = u32::MAX;
+
+/// Requests before other devices get their turn.
+const BUDGET: usize = 32;
 
 /// The device.
 #[derive(Debug)]
@@ -78,25 +81,22 @@ impl VirtioDevice for Pmem {
         self.queue = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
-        let Some(queue) = &mut self.queue else {
-            return Ok(());
-        };
-        let memory = queue.memory().clone();
-        while let Some(chain) = queue.pop()? {
-            answer(&memory, &chain)?;
-            queue.add_used(chain, size_of::<u32>() as u32)?;
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
+        match &mut self.queue {
+            Some(queue) => queue.serve(BUDGET, answer),
+            None => Ok(Turn::Done),
         }
-        queue.signal()
     }
 }
 
-fn answer(memory: &GuestMemory, chain: &Chain) -> Result<(), DeviceError> {
+/// Answers a request and returns the number of bytes written.
+fn answer(memory: &GuestMemory, chain: &Chain) -> Result<u32, DeviceError> {
     let kind = u32::from_le(chain.read_obj(memory, 0)?);
     let result = if kind == TYPE_FLUSH {
         RESULT_OK
     } else {
         RESULT_ERROR
     };
-    chain.write_at(memory, 0, &result.to_le_bytes())
+    chain.write_at(memory, 0, &result.to_le_bytes())?;
+    Ok(size_of::<u32>() as u32)
 }

@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{DeviceError, Interrupt};
+use super::{DeviceError, Interrupt, Turn};
 use crate::memory::GuestMemory;
 
 /// Ring features every device with [`DeviceQueue`]s offers: `RING_EVENT_IDX` and `RING_INDIRECT_DESC`
@@ -34,6 +34,8 @@ pub struct DeviceQueue {
     memory: Arc<GuestMemory>,
     interrupt: Arc<Interrupt>,
     indirect: bool,
+    /// Chains popped and not yet returned.
+    out: u16,
     /// Buffers were used since the last [`signal`](Self::signal).
     used_any: bool,
     /// Storage of the last chain that came back, for the next.
@@ -71,6 +73,7 @@ impl DeviceQueue {
             memory,
             interrupt,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            out: 0,
             used_any: false,
             spare: Vec::new(),
         }
@@ -139,6 +142,7 @@ impl DeviceQueue {
             entries: u32::from(self.queue.size()),
         };
         let storage = std::mem::take(&mut self.spare);
+        self.out += 1;
         let chain =
             Chain::parse(&self.memory, table, head, self.indirect, storage).map_err(DeviceError::Chain)?;
         Ok(Some(chain))
@@ -146,6 +150,7 @@ impl DeviceQueue {
 
     /// Puts the chain popped last back, to be popped again.
     pub fn undo_pop(&mut self, chain: Chain) {
+        self.out = self.out.saturating_sub(1);
         self.queue.go_to_previous_position();
         self.spare = chain.into_storage();
     }
@@ -158,6 +163,7 @@ impl DeviceQueue {
         self.queue
             .add_used(&*self.memory, chain.head(), written)
             .map_err(DeviceError::Queue)?;
+        self.out = self.out.saturating_sub(1);
         self.used_any = true;
         self.spare = chain.into_storage();
         Ok(())
@@ -176,6 +182,30 @@ impl DeviceQueue {
             self.interrupt.used_buffer().map_err(DeviceError::Interrupt)?;
         }
         Ok(())
+    }
+
+    /// Has `answer` carry out up to `budget` chains, each told by the number of bytes written to it, and
+    /// interrupts the driver.
+    ///
+    /// # Errors
+    /// The queue is malformed, or what `answer` says.
+    pub fn serve(
+        &mut self,
+        budget: usize,
+        mut answer: impl FnMut(&GuestMemory, &Chain) -> Result<u32, DeviceError>,
+    ) -> Result<Turn, DeviceError> {
+        let memory = self.memory.clone();
+        let mut turn = Turn::Again;
+        for _ in 0..budget {
+            let Some(chain) = self.pop()? else {
+                turn = Turn::Done;
+                break;
+            };
+            let written = answer(&memory, &chain)?;
+            self.add_used(chain, written)?;
+        }
+        self.signal()?;
+        Ok(turn)
     }
 
     /// State for a snapshot; no chain may be out.
@@ -220,7 +250,9 @@ impl DeviceQueue {
             .map_err(DeviceError::Queue)?;
         match index.0.wrapping_sub(next) {
             0 => return Ok(None),
-            pending if pending > self.queue.size() => {
+            // No more can be outstanding than the queue has entries, those the device holds included: a
+            // driver that adds while the device pops does not keep it popping.
+            pending if pending > self.queue.size().saturating_sub(self.out) => {
                 return Err(DeviceError::Queue(Error::InvalidAvailRingIndex));
             }
             _ => {}

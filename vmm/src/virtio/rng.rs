@@ -9,12 +9,15 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, VirtioDevice};
+use super::{Activation, DeviceError, Turn, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Most bytes given for one request. The driver asks again for more, so that one huge request does not
 /// hold up the other devices.
 const MAX_REQUEST: usize = 64 << 10;
+
+/// Requests before other devices get their turn.
+const BUDGET: usize = 16;
 
 /// The device.
 #[derive(Debug, Default)]
@@ -64,16 +67,11 @@ impl VirtioDevice for Rng {
         self.queue = None;
     }
 
-    fn process_queue(&mut self, _index: usize) -> Result<(), DeviceError> {
-        let Some(queue) = &mut self.queue else {
-            return Ok(());
-        };
-        let memory = queue.memory().clone();
-        while let Some(chain) = queue.pop()? {
-            let written = fill(&memory, &chain)?;
-            queue.add_used(chain, written)?;
+    fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
+        match &mut self.queue {
+            Some(queue) => queue.serve(BUDGET, fill),
+            None => Ok(Turn::Done),
         }
-        queue.signal()
     }
 }
 

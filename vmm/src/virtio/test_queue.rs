@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
@@ -114,6 +115,11 @@ impl TestQueue {
         self.set_available_index(self.available.wrapping_add(1));
     }
 
+    /// The available index.
+    pub fn available_index(&self) -> u16 {
+        self.available
+    }
+
     /// Sets the available index, whatever it says.
     pub fn set_available_index(&mut self, index: u16) {
         self.available = index;
@@ -152,6 +158,28 @@ impl TestQueue {
         head
     }
 
+    /// Fills the ring with `head` and keeps it full from another thread while `work` runs, as a guest with
+    /// several processors can, up to 64 times over.
+    pub fn while_full<T>(&mut self, head: u16, work: impl FnOnce() -> T) -> T {
+        for index in 0..self.size {
+            let entry = self.available() + 4 + 2 * u64::from(index);
+            self.memory.write_obj(head.to_le(), GuestAddress(entry)).unwrap();
+        }
+        let (memory, size) = (&self.memory, self.size);
+        let (used, available) = (GuestAddress(self.used() + 2), GuestAddress(self.available() + 2));
+        let start = u16::from_le(memory.load(used, Ordering::Acquire).unwrap());
+        let fill = || {
+            let used = u16::from_le(memory.load(used, Ordering::Acquire).unwrap());
+            if used.wrapping_sub(start) >= 64 * size {
+                return;
+            }
+            let index = used.wrapping_add(size).to_le();
+            memory.store(index, available, Ordering::Release).unwrap();
+        };
+        fill();
+        meanwhile(fill, work)
+    }
+
     /// `(head, bytes written)` of the chains the device has used since the last call.
     pub fn take_used(&mut self) -> Vec<(u32, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used() + 2)).unwrap();
@@ -164,6 +192,27 @@ impl TestQueue {
         }
         used
     }
+}
+
+/// Repeats `aside` in another thread while `work` runs.
+pub fn meanwhile<T>(mut aside: impl FnMut() + Send, work: impl FnOnce() -> T) -> T {
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
+    let done = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Also when `work` panics.
+        let _stop = Stop(done);
+        scope.spawn(move || {
+            while !done.load(Ordering::Acquire) {
+                aside();
+            }
+        });
+        work()
+    })
 }
 
 /// Writes descriptor `index` of the table at `table`.

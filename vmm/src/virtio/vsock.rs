@@ -15,6 +15,7 @@
 
 mod connection;
 mod device;
+mod event;
 mod far_end;
 mod mux;
 mod packet;
@@ -24,4 +25,5 @@ mod tests;
 
 pub use connection::BUFFER_SIZE;
 pub use device::{Vsock, VsockState};
-pub use mux::{ConnectError, MAX_STREAMS, VsockError, VsockEvent};
+pub use event::{ConnectError, VsockError, VsockEvent};
+pub use mux::{CONNECT_TIME, MAX_STREAMS};

@@ -26,6 +26,9 @@ const STACK_SIZE: usize = 512 << 10;
 /// How long a worker that is dropped gets to finish its request.
 const STOP_TIME: Duration = Duration::from_secs(1);
 
+/// How long a worker gets to finish its request before a pause fails. The control socket waits meanwhile.
+pub const PAUSE_TIME: Duration = Duration::from_secs(2);
+
 /// Epoll data of the eventfd that wakes the worker; queues have their index.
 const WAKE: u64 = u64::MAX;
 
@@ -125,17 +128,21 @@ impl Worker {
 
     /// Stops work between two requests and returns the state of the queues. Returns at once if the
     /// worker has ended.
-    pub fn pause(&self) -> Vec<DeviceQueueState> {
+    ///
+    /// # Errors
+    /// A request takes more than [`PAUSE_TIME`]; the worker stops behind it unless it is resumed before.
+    pub fn pause(&self) -> io::Result<Vec<DeviceQueueState>> {
         self.shared.want(Wanted::Pause);
-        let mut control = self.shared.lock();
-        while !control.parked && !control.ended {
-            control = self
-                .shared
-                .changed
-                .wait(control)
-                .unwrap_or_else(PoisonError::into_inner);
+        let control = self.shared.lock();
+        let wait = self
+            .shared
+            .changed
+            .wait_timeout_while(control, PAUSE_TIME, |control| !control.parked && !control.ended);
+        let (control, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(io::ErrorKind::TimedOut.into());
         }
-        control.queues.clone()
+        Ok(control.queues.clone())
     }
 
     /// Goes on after [`pause`](Self::pause).

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::disk::{DiskImage, SECTOR_SIZE};
-use super::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::{MAX_RANGE_SECTORS, MAX_RANGES, SEG_MAX, SIZE_MAX};
 use crate::memory::GuestMemory;
 use crate::virtio::DeviceError;
 use crate::virtio::queue::Chain;
@@ -109,9 +109,11 @@ impl Request<'_> {
         }
     }
 
-    /// Byte offset of the request's data, checked to be whole sectors on the disk.
+    /// Byte offset of the request's data, checked to be whole sectors on the disk, and no more than a driver
+    /// may ask for.
     fn data_range(&self, disk: &DiskImage, len: usize) -> Result<u64, Failure> {
-        if !(len as u64).is_multiple_of(SECTOR_SIZE) {
+        let too_long = len as u64 > u64::from(SEG_MAX) * u64::from(SIZE_MAX);
+        if too_long || !(len as u64).is_multiple_of(SECTOR_SIZE) {
             return Err(Failure::Io);
         }
         Ok(disk.range(self.sector, len as u64)?)

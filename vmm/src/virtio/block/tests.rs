@@ -8,7 +8,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::memory::GuestMemory;
-use crate::virtio::test_queue::{self, BUFFERS, GAP, TestQueue};
+use crate::virtio::test_queue::{self, BUFFERS, GAP, LOW, TestQueue};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -398,5 +398,42 @@ proptest! {
         let mut guest = guest(Some(DiskImage::new(vec![file], true).unwrap()));
         guest.request(kind, sector, &out, into);
         prop_assert_eq!(content(&copy), pattern(4096, 5));
+    }
+}
+
+#[test]
+fn a_queue_that_never_empties_lets_others_have_their_turn() {
+    let (mut guest, _) = writable(&[0; 4096]);
+    guest.request(FLUSH, 0, &[], 0);
+    let head = guest.driver.add(&[(BUFFERS, 16, false), (STATUS, 1, true)]);
+    for _ in 0..3 {
+        let turn = guest
+            .driver
+            .while_full(head, || guest.block.process_queue(0).unwrap());
+        assert_eq!(turn, Turn::Again);
+        assert_eq!(guest.driver.take_used().len(), BUDGET);
+    }
+}
+
+#[test]
+fn a_request_is_no_longer_than_the_configuration_allows() {
+    let file = file(&[]);
+    file.set_len(256 << 20).unwrap();
+    let mut guest = guest(Some(DiskImage::new(vec![file], false).unwrap()));
+    assert_eq!(guest.config_u64(8) as u32, SIZE_MAX);
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&IN.to_le_bytes());
+    for (size, status) in [(SIZE_MAX, OK), (SIZE_MAX + 512, IOERR)] {
+        guest.memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();
+        let data = (2 * LOW, size, true);
+        let buffers = [
+            vec![(BUFFERS, 16, false)],
+            vec![data; SEG_MAX as usize],
+            vec![(STATUS, 1, true)],
+        ];
+        guest.driver.add(&buffers.concat());
+        guest.block.process_queue(0).unwrap();
+        assert_eq!(guest.driver.take_used().len(), 1);
+        assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), status);
     }
 }

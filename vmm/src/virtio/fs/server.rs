@@ -56,7 +56,7 @@ impl Server {
     /// The library cannot use the directory.
     pub(super) fn new(
         root: &File,
-        proc_self_fd: Option<File>,
+        proc_self_fd: File,
         guest_files: u64,
         queues: Vec<DeviceQueue>,
     ) -> Result<Self, DeviceError> {
@@ -148,14 +148,14 @@ impl Work for Server {
     }
 }
 
-fn passthrough(root: &File, proc_self_fd: Option<File>, guest_files: u64) -> io::Result<PassthroughFs> {
+fn passthrough(root: &File, proc_self_fd: File, guest_files: u64) -> io::Result<PassthroughFs> {
     // From here on directory and umask are this thread's own. The library opens its root by path; as that
     // is the working directory, nothing outside it is ever looked up.
     unshare(CloneFlags::CLONE_FS)?;
     fchdir(root.as_raw_fd())?;
     PassthroughFs::new(Config {
         root_dir: ".".to_owned(),
-        proc_sfd_rawfd: proc_self_fd,
+        proc_sfd_rawfd: Some(proc_self_fd),
         guest_fd_limit: guest_files,
         entry_timeout: CACHE_TIME,
         attr_timeout: CACHE_TIME,

@@ -35,7 +35,7 @@ struct Guest {
 fn guest() -> Guest {
     let directory = TempDir::new().unwrap();
     let root = File::open(directory.as_path()).unwrap();
-    let mut fs = Fs::new(0, "share", root, None).unwrap();
+    let mut fs = Fs::new(0, "share", root, File::open("/proc/self/fd").unwrap()).unwrap();
     let kicks: Vec<_> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
     fs.set_queue_events(kicks.iter().map(|kick| kick.try_clone().unwrap()).collect());
     let memory = test_queue::memory();
@@ -333,7 +333,7 @@ fn the_configuration_has_tag_and_queues() {
     let root = File::open("/").unwrap();
     for tag in [String::new(), "x".repeat(37)] {
         assert!(matches!(
-            Fs::new(0, &tag, root.try_clone().unwrap(), None),
+            Fs::new(0, &tag, root.try_clone().unwrap(), root.try_clone().unwrap()),
             Err(FsError::Tag)
         ));
     }
@@ -343,7 +343,7 @@ fn the_configuration_has_tag_and_queues() {
 fn a_pause_holds_requests_back_and_saves_the_queues() {
     let mut guest = guest();
     guest.init();
-    guest.fs.pause();
+    guest.fs.pause().unwrap();
     assert_eq!(guest.fs.save().unwrap()[1].next_available, 1);
     let message = guest.message(GETATTR, ROOT, &[0; 16]);
     guest.memory.write_slice(&message, GuestAddress(BUFFERS)).unwrap();

@@ -14,6 +14,10 @@ struct Fake {
     kicks: Arc<AtomicUsize>,
     active: bool,
     fails: bool,
+    /// What a kick comes to, if not an error.
+    turn: Option<Turn>,
+    /// Resets wait for this.
+    hold: Option<Arc<std::sync::Barrier>>,
 }
 
 impl VirtioDevice for Fake {
@@ -48,12 +52,16 @@ impl VirtioDevice for Fake {
     }
     fn reset(&mut self) {
         assert!(self.active);
+        if let Some(hold) = &self.hold {
+            hold.wait();
+            hold.wait();
+        }
         self.active = false;
     }
-    fn process_queue(&mut self, _: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, _: usize) -> Result<Turn, DeviceError> {
         assert!(self.active, "kicked before activation");
         self.kicks.fetch_add(1, Ordering::SeqCst);
-        Err(DeviceError::Protocol("malformed"))
+        self.turn.ok_or(DeviceError::Protocol("malformed"))
     }
 }
 
@@ -208,6 +216,40 @@ fn failed_activation_marks_the_device() {
     });
     start(&transport);
     assert_eq!(read(&transport, STATUS), 15 | NEEDS_RESET);
+}
+
+#[test]
+fn a_queue_with_more_in_it_kicks_itself() {
+    for (turn, kicks) in [(Turn::Done, 0), (Turn::Again, 1)] {
+        let transport = transport(Fake {
+            turn: Some(turn),
+            ..Fake::default()
+        });
+        start(&transport);
+        transport.process_queue(1);
+        let [other, queue] = transport.watched_queues() else {
+            panic!("two queues");
+        };
+        other.read().unwrap_err();
+        assert_eq!(queue.read().unwrap_or(0), kicks);
+    }
+}
+
+#[test]
+fn the_status_is_told_while_a_reset_waits_for_the_host() {
+    let hold = Arc::new(std::sync::Barrier::new(2));
+    let transport = transport(Fake {
+        hold: Some(hold.clone()),
+        ..Fake::default()
+    });
+    start(&transport);
+    assert_eq!(transport.status(), 15);
+    std::thread::scope(|scope| {
+        scope.spawn(|| write(&transport, STATUS, 0));
+        hold.wait();
+        assert_eq!(transport.status(), 0);
+        hold.wait();
+    });
 }
 
 proptest! {

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::tap::{Frame, OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
 use crate::virtio::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use crate::virtio::{Activation, DeviceError, VirtioDevice, config};
+use crate::virtio::{Activation, DeviceError, Turn, VirtioDevice, config};
 
 /// Device id (virtio 1.2, 5).
 const DEVICE_TYPE: u32 = 1;
@@ -405,13 +405,14 @@ impl VirtioDevice for Net {
         self.active = None;
     }
 
-    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError> {
         match (index, &mut self.active) {
             (TX, Some(active)) => active.tx_filled = true,
             (RX, Some(_)) => {}
-            _ => return Ok(()),
+            _ => return Ok(Turn::Done),
         }
-        self.serve()
+        // It wakes itself when there is more.
+        self.serve().map(|()| Turn::Done)
     }
 
     fn event_fd(&self) -> Option<RawFd> {

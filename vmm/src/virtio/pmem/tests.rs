@@ -55,3 +55,14 @@ fn malformed_requests_stop_the_device() {
         assert!(driver.take_used().is_empty());
     }
 }
+
+#[test]
+fn a_queue_that_never_empties_lets_others_have_their_turn() {
+    let (mut driver, mut pmem, _) = device();
+    let head = driver.add(&[(BUFFERS, 4, false), (BUFFERS + 8, 4, true)]);
+    for _ in 0..3 {
+        let turn = driver.while_full(head, || pmem.process_queue(0).unwrap());
+        assert_eq!(turn, Turn::Again);
+        assert_eq!(driver.take_used().len(), BUDGET);
+    }
+}

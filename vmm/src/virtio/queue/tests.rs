@@ -380,6 +380,27 @@ fn length() -> impl Strategy<Value = u32> {
     ]
 }
 
+#[test]
+fn a_driver_cannot_have_more_outstanding_than_entries() {
+    let memory = test_queue::memory();
+    let mut driver = TestQueue::new(&memory, 0, 8);
+    let mut queue = driver.device_queue();
+    for _ in 0..8 {
+        driver.add(&[(BUFFERS, 8, true)]);
+    }
+    let mut chains: Vec<_> = (0..8).map(|_| queue.pop().unwrap().unwrap()).collect();
+    assert!(queue.pop().unwrap().is_none());
+    // One comes back, so one may come.
+    queue.add_used(chains.remove(0), 0).unwrap();
+    driver.add(&[(BUFFERS, 8, true)]);
+    let chain = queue.pop().unwrap().unwrap();
+    queue.undo_pop(chain);
+    let chain = queue.pop().unwrap().unwrap();
+    assert_eq!(chain.head(), 0);
+    driver.add(&[(BUFFERS, 8, true)]);
+    queue.pop().expect_err("a ninth");
+}
+
 proptest! {
     /// Whatever the table says, the parser ends, and what it lets through is inside memory and in order.
     #[test]

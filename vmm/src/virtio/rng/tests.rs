@@ -77,3 +77,14 @@ fn after_a_reset_nothing_is_touched() {
     assert!(driver.take_used().is_empty());
     assert_eq!(rng.save(), None);
 }
+
+#[test]
+fn a_queue_that_never_empties_lets_others_have_their_turn() {
+    let (mut driver, mut rng, _) = device();
+    let head = driver.add(&[(BUFFERS, 8, true)]);
+    for _ in 0..3 {
+        let turn = driver.while_full(head, || rng.process_queue(0).unwrap());
+        assert_eq!(turn, Turn::Again);
+        assert_eq!(driver.take_used().len(), BUDGET);
+    }
+}

@@ -81,6 +81,7 @@ pub struct Connection {
     received: Wrapping<u32>,
     forwarded: Wrapping<u32>,
     announced: Wrapping<u32>,
+    has_received: bool,
     /// The guest sends no more.
     guest_sent_all: bool,
     /// The far end was told so, after the last byte.
@@ -127,6 +128,7 @@ impl Connection {
             received: Wrapping(0),
             forwarded: Wrapping(0),
             announced: Wrapping(0),
+            has_received: false,
             guest_sent_all: false,
             finished: false,
             far_deaf: false,
@@ -159,8 +161,12 @@ impl Connection {
         self.phase == Phase::Draining
     }
 
+    /// Whether a byte of the guest has come.
+    pub fn has_received(&self) -> bool {
+        self.has_received
+    }
+
     /// Bytes that wait for the far end.
-    #[cfg(test)]
     pub fn buffered(&self) -> usize {
         self.buffer.len()
     }
@@ -368,6 +374,7 @@ impl Connection {
         if len == 0 {
             return Ok(());
         }
+        self.has_received = true;
         let mut taken = 0;
         if self.buffer.is_empty() && !self.far_deaf {
             let mut vectors = chain.read_vectors(memory, HEADER_SIZE, len)?;

@@ -5,9 +5,10 @@ use std::os::fd::{OwnedFd, RawFd};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
-use super::mux::{Mux, VsockError, VsockEvent};
+use super::event::{VsockError, VsockEvent};
+use super::mux::Mux;
 use crate::virtio::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use crate::virtio::{Activation, DeviceError, VirtioDevice, config};
+use crate::virtio::{Activation, DeviceError, Turn, VirtioDevice, config};
 
 /// Device id (virtio 1.2, 5).
 const DEVICE_TYPE: u32 = 19;
@@ -130,7 +131,7 @@ impl Vsock {
     }
 
     /// Opens a stream to guest port `port`; [`VsockEvent::ConnectResult`] with `token` tells when the guest
-    /// has answered, which may be never.
+    /// has answered, or that it did not in time.
     ///
     /// # Errors
     /// There are too many streams, or the far end is of a kind that [`listen`](Self::listen) refuses.
@@ -141,6 +142,16 @@ impl Vsock {
     /// What happened since the last call, in order.
     pub fn take_events(&mut self) -> Vec<VsockEvent> {
         self.mux.take_events()
+    }
+
+    /// Whether bytes of the guest wait for a far end to take them.
+    pub fn has_undelivered(&self) -> bool {
+        self.mux.has_undelivered()
+    }
+
+    #[cfg(test)]
+    pub(super) fn expire(&mut self, now: std::time::Instant) {
+        self.mux.expire(now);
     }
 
     #[cfg(test)]
@@ -316,7 +327,7 @@ impl VirtioDevice for Vsock {
         }
     }
 
-    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+    fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError> {
         self.guarded(|vsock| {
             match (index, &mut vsock.queues) {
                 (TX, Some(queues)) => queues.tx_filled = true,
@@ -325,7 +336,9 @@ impl VirtioDevice for Vsock {
                 _ => return Ok(()),
             }
             vsock.serve()
-        })
+        })?;
+        // It wakes itself when there is more.
+        Ok(Turn::Done)
     }
 
     fn event_fd(&self) -> Option<RawFd> {

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::ports::HOST_CID;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, Effect, Key, Origin};
+use super::event::{ConnectError, VsockError, VsockEvent};
 use super::far_end::FarEnd;
 use super::packet::{HEADER_SIZE, Header, TYPE_STREAM, op};
 use crate::memory::GuestMemory;
@@ -31,72 +34,16 @@ const END_LOCAL_PORT: u32 = 1 << 31;
 /// `VMADDR_PORT_ANY`, never the port of a socket.
 const PORT_ANY: u32 = u32::MAX;
 
-/// Poller's name of the wake-up eventfd: no stream has this key, whose ports are both [`PORT_ANY`].
+/// How long the guest has to answer a connection: a guest that still boots has none to.
+pub const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// Poller's names of the wake-up eventfd and the timer: no stream has these keys, whose host port is
+/// [`PORT_ANY`].
 const WAKE: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
 
 /// Readiness reports taken at once.
 const EVENTS: usize = 64;
-
-/// Something happened to a stream.
-#[derive(Debug, PartialEq, Eq)]
-pub enum VsockEvent {
-    /// A guest connection took the registration of a host port.
-    Connected {
-        /// Host port.
-        port: u32,
-    },
-    /// A stream is over in both directions; every byte the guest sent is written to the far end, or
-    /// cannot be. The far end is closed. Follows [`Connected`](Self::Connected) or a successful
-    /// [`ConnectResult`](Self::ConnectResult).
-    Closed {
-        /// Port given to [`listen`](super::Vsock::listen) or [`connect`](super::Vsock::connect).
-        port: u32,
-    },
-    /// Answer to [`connect`](super::Vsock::connect).
-    ConnectResult {
-        /// The caller's token.
-        token: u64,
-        /// What the guest said.
-        result: Result<(), ConnectError>,
-    },
-}
-
-/// Why a connection to the guest did not come about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConnectError {
-    /// Nobody listens on the port in the guest, or the listener's queue is full.
-    #[error("Guest refused the connection")]
-    Refused,
-    /// The guest's driver reset the device or broke its rules, or was restored from a snapshot.
-    #[error("Socket device was reset")]
-    DeviceReset,
-    /// The far end cannot be used.
-    #[error("Far end cannot be polled")]
-    FarEnd,
-}
-
-/// Why a stream cannot be registered, opened or withdrawn.
-#[derive(Debug, thiserror::Error)]
-pub enum VsockError {
-    /// There is a registration or a stream on the port.
-    #[error("Host port {0} is in use")]
-    PortInUse(u32),
-    /// The port is `VMADDR_PORT_ANY`.
-    #[error("Port {0} is not a port")]
-    BadPort(u32),
-    /// There is neither a registration nor a stream.
-    #[error("Host port {0} has no stream")]
-    UnknownPort(u32),
-    /// There are [`MAX_STREAMS`].
-    #[error("Too many streams")]
-    TooManyStreams,
-    /// The far end is no socket, FIFO, pipe, terminal or regular file, or its mode cannot be changed.
-    #[error("Far end cannot be used")]
-    FarEnd(#[source] io::Error),
-    /// The device's own descriptors could not be made.
-    #[error("Cannot create the poller")]
-    Poller(#[source] io::Error),
-}
 
 /// Streams and registrations.
 #[derive(Debug)]
@@ -104,6 +51,10 @@ pub struct Mux {
     guest_cid: u32,
     poller: Arc<Epoll>,
     wake: EventFd,
+    timer: TimerFd,
+    /// When connections that the guest has not answered fail, soonest first. Those that are over stay until
+    /// then.
+    deadlines: VecDeque<(Instant, Key)>,
     registered: BTreeMap<u32, FarEnd>,
     streams: BTreeMap<Key, Connection>,
     /// Streams that have something for the guest, each once, in turn.
@@ -117,17 +68,18 @@ impl Mux {
     pub fn new(guest_cid: u32) -> Result<Self, VsockError> {
         let poller = Epoll::new().map_err(VsockError::Poller)?;
         let wake = EventFd::new(EFD_NONBLOCK).map_err(VsockError::Poller)?;
-        poller
-            .ctl(
-                ControlOperation::Add,
-                wake.as_raw_fd(),
-                EpollEvent::new(EventSet::IN, WAKE),
-            )
-            .map_err(VsockError::Poller)?;
+        let timer = TimerFd::new().map_err(|error| VsockError::Poller(error.into()))?;
+        for (fd, token) in [(wake.as_raw_fd(), WAKE), (timer.as_raw_fd(), TIMER)] {
+            poller
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
+                .map_err(VsockError::Poller)?;
+        }
         Ok(Self {
             guest_cid,
             poller: Arc::new(poller),
             wake,
+            timer,
+            deadlines: VecDeque::new(),
             registered: BTreeMap::new(),
             streams: BTreeMap::new(),
             ready: VecDeque::new(),
@@ -176,6 +128,8 @@ impl Mux {
             host_port: self.local_port(),
             guest_port: port,
         };
+        self.deadlines.push_back((Instant::now() + CONNECT_TIME, key));
+        self.set_timer()?;
         self.streams.insert(key, Connection::requested(far, token));
         self.settle(key);
         self.wake();
@@ -207,6 +161,11 @@ impl Mux {
         if (FIRST_LOCAL_PORT..END_LOCAL_PORT).contains(&port) {
             self.next_local_port = port;
         }
+    }
+
+    /// Whether bytes of the guest wait for a far end to take them.
+    pub fn has_undelivered(&self) -> bool {
+        self.streams.values().any(|stream| stream.buffered() > 0)
     }
 
     /// Whether the transmit queue must wait until the guest has taken some resets.
@@ -249,7 +208,13 @@ impl Mux {
             return Ok(());
         };
         let origin = stream.origin();
-        match stream.receive(&header, chain, memory)? {
+        let fresh = !stream.has_received();
+        let effect = stream.receive(&header, chain, memory)?;
+        if fresh && origin == Origin::Guest && stream.has_received() {
+            let port = key.host_port;
+            self.events.push(VsockEvent::FirstData { port });
+        }
+        match effect {
             Effect::None => {}
             Effect::Accepted => match stream.far().watch(&self.poller, token_of(key)) {
                 Ok(()) => self.connect_result(origin, Ok(())),
@@ -321,9 +286,16 @@ impl Mux {
             Err(error) => return Err(error),
         };
         for event in &ready[..count] {
-            if event.data() == WAKE {
-                let _ = self.wake.read();
-                continue;
+            match event.data() {
+                WAKE => {
+                    let _ = self.wake.read();
+                    continue;
+                }
+                TIMER => {
+                    self.expire(Instant::now());
+                    continue;
+                }
+                _ => {}
             }
             let key = key_of(event.data());
             if let Some(stream) = self.streams.get_mut(&key) {
@@ -333,6 +305,36 @@ impl Mux {
             }
         }
         Ok(())
+    }
+
+    /// Fails the connections whose time is up at `now`.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some((_, key)) = self.deadlines.pop_front_if(|(deadline, _)| *deadline <= now) {
+            let Some(stream) = self.streams.get(&key).filter(|stream| stream.connecting()) else {
+                continue;
+            };
+            let (origin, asked) = (stream.origin(), !stream.wants_to_send());
+            self.remove(key);
+            self.connect_result(origin, Err(ConnectError::TimedOut));
+            if asked {
+                self.reset_stream(key);
+            }
+        }
+        // It can fail only for a time that is no time; the next connection sets it again.
+        let _ = self.set_timer();
+    }
+
+    /// Sets the timer to the first deadline.
+    fn set_timer(&mut self) -> Result<(), VsockError> {
+        let set = match self.deadlines.front() {
+            Some((deadline, _)) => {
+                // Zero would stop the timer.
+                let left = deadline.saturating_duration_since(Instant::now());
+                self.timer.reset(left.max(Duration::from_millis(1)), None)
+            }
+            None => self.timer.clear(),
+        };
+        set.map_err(|error| VsockError::Poller(error.into()))
     }
 
     /// The guest has forgotten all streams: connects fail, the others end when they are written out.

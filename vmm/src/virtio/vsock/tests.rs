@@ -46,6 +46,8 @@ struct Guest {
     next_buffer: u64,
     /// Credit the guest gives with every packet.
     buf_alloc: u32,
+    /// Ports whose first byte was told of.
+    first_data: Vec<u32>,
 }
 
 impl Guest {
@@ -72,6 +74,7 @@ impl Guest {
             buffers: BTreeMap::new(),
             next_buffer: 0,
             buf_alloc: 1 << 20,
+            first_data: Vec::new(),
         };
         let activation = test_queue::activation(
             &guest.memory,
@@ -195,8 +198,17 @@ impl Guest {
         panic!("device spins");
     }
 
+    /// Events since the last call; those of first bytes go to `first_data`.
     fn events(&mut self) -> Vec<VsockEvent> {
-        self.vsock.take_events()
+        let mut events = self.vsock.take_events();
+        events.retain(|event| match event {
+            VsockEvent::FirstData { port } => {
+                self.first_data.push(*port);
+                false
+            }
+            _ => true,
+        });
+        events
     }
 
     /// Establishes a stream to `far_end` from the guest's side.

@@ -73,15 +73,15 @@ fn kicks_are_served_at_start_and_later() {
 #[test]
 fn a_paused_worker_does_nothing_until_resumed() {
     let (worker, kicks, _, count) = counter(1);
-    worker.pause();
+    worker.pause().unwrap();
     let before = count.load(Ordering::SeqCst);
     kicks[0].write(1).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(count.load(Ordering::SeqCst), before);
     worker.resume();
     wait_until("kick during the pause", || count.load(Ordering::SeqCst) > before);
-    worker.pause();
-    worker.pause();
+    worker.pause().unwrap();
+    worker.pause().unwrap();
     worker.resume();
 }
 
@@ -94,7 +94,7 @@ fn endless_work_is_paused_and_stopped() {
     })
     .unwrap();
     wait_until("start", || count.load(Ordering::SeqCst) > 0);
-    worker.pause();
+    worker.pause().unwrap();
     let paused = count.load(Ordering::SeqCst);
     std::thread::sleep(Duration::from_millis(5));
     assert_eq!(count.load(Ordering::SeqCst), paused);
@@ -142,7 +142,7 @@ fn a_failure_is_reported_once_and_pausing_still_works() {
         Some(DeviceError::Protocol("test"))
     ));
     assert!(worker.take_failure().is_none());
-    worker.pause();
+    worker.pause().unwrap();
     worker.resume();
 }
 

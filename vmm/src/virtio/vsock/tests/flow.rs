@@ -323,3 +323,20 @@ fn a_flood_of_refused_connections_stops_until_the_guest_listens() {
     }
     assert_eq!(resets, 512 + usize::from(QUEUE_SIZE));
 }
+
+#[test]
+fn a_transmit_queue_that_never_empties_lets_others_have_their_turn() {
+    let mut guest = Guest::new();
+    let near = guest.establish_socket();
+    let header = Header {
+        op: op::CREDIT_UPDATE,
+        ..guest.header(op::CREDIT_UPDATE)
+    };
+    let at = GuestAddress(TX_BUFFER);
+    guest.memory.write_slice(&header.encode(), at).unwrap();
+    let head = guest.tx.add(&[(TX_BUFFER, HEADER_SIZE as u32, false)]);
+    let vsock = &mut guest.vsock;
+    guest.tx.while_full(head, || vsock.process_queue(TX).unwrap());
+    assert!(guest.pending(), "it goes on by itself");
+    drop(near);
+}

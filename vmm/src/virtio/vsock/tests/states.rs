@@ -27,6 +27,48 @@ fn a_registration_serves_one_connection() {
 }
 
 #[test]
+fn the_first_byte_of_a_registration_is_told_once() {
+    let mut guest = Guest::new();
+    for round in 1..=2 {
+        let mut near = guest.establish_socket();
+        guest.send_op(op::CREDIT_UPDATE);
+        guest.send_data(&[]);
+        guest.events();
+        assert_eq!(guest.first_data.len(), round - 1, "nothing has come");
+        guest.send_data(b"a");
+        assert_eq!(drain(&mut near).0, b"a");
+        assert_eq!(
+            guest.vsock.take_events(),
+            [VsockEvent::FirstData { port: PORT }],
+            "as soon as it is there"
+        );
+        guest.first_data.push(PORT);
+        guest.send_data(b"b");
+        guest.send_op(op::RST);
+        assert_eq!(guest.events(), CLOSED);
+        assert_eq!(guest.first_data.len(), round);
+    }
+}
+
+#[test]
+fn first_bytes_nobody_reads_are_told_and_streams_of_the_host_are_not() {
+    let mut guest = Guest::new();
+    let near = guest.establish_socket();
+    drop(near);
+    guest.send_data(b"a");
+    guest.events();
+    assert_eq!(guest.first_data, [PORT]);
+
+    let mut guest = Guest::new();
+    let (mut near, request) = connect(&mut guest, 7);
+    guest.send(answer(&guest, &request, op::RESPONSE), &[]);
+    guest.send(answer(&guest, &request, op::RW), b"a");
+    assert_eq!(drain(&mut near).0, b"a");
+    guest.events();
+    assert!(guest.first_data.is_empty());
+}
+
+#[test]
 fn what_has_no_connection_is_reset() {
     let mut guest = Guest::new();
     for op in [
@@ -148,6 +190,39 @@ fn a_connect_waits_for_the_guest_to_boot() {
     let mut guest = Guest::with(vsock);
     guest.give(1);
     assert_eq!(guest.ops(), [op::REQUEST]);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_fails_the_connection() {
+    let timed_out = |token| VsockEvent::ConnectResult {
+        token,
+        result: Err(ConnectError::TimedOut),
+    };
+    let mut guest = Guest::new();
+    let (mut near, request) = connect(&mut guest, 7);
+    let now = std::time::Instant::now();
+    guest.vsock.expire(now);
+    assert_eq!(guest.events(), [], "in good time");
+    guest.vsock.expire(now + 2 * CONNECT_TIME);
+    assert_eq!(guest.events(), [timed_out(7)]);
+    assert_eq!(drain(&mut near), (vec![], true), "the far end is closed");
+    guest.kick(RX);
+    assert_eq!(guest.ops(), [op::RST]);
+    guest.send(answer(&guest, &request, op::RESPONSE), &[]);
+    assert_eq!(guest.ops(), [op::RST], "too late");
+    assert_eq!(guest.events(), []);
+
+    // One that was answered stands, and one the guest could not even be asked for fails.
+    let (_near, request) = connect(&mut guest, 8);
+    guest.send(answer(&guest, &request, op::RESPONSE), &[]);
+    guest.events();
+    guest.vsock.expire(std::time::Instant::now() + 2 * CONNECT_TIME);
+    assert_eq!(guest.events(), []);
+    let mut vsock = Vsock::new(CID).unwrap();
+    let (_near, far) = UnixStream::pair().unwrap();
+    vsock.connect(GUEST_PORT, far.into(), 9).unwrap();
+    vsock.expire(std::time::Instant::now() + 2 * CONNECT_TIME);
+    assert_eq!(vsock.take_events(), [timed_out(9)]);
 }
 
 #[test]

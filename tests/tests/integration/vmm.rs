@@ -1,0 +1,115 @@
+//! The virtual machine itself: its size, and the whole of it paused.
+
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use bulkhead_protocol::control::{Fd, Request};
+use bulkhead_tests::vm::Vm;
+use bulkhead_tests::{Finished, Fixture, config};
+
+use crate::fixture;
+
+/// Annotation for the size of a VM.
+const HYPERVISOR: &str = "io.katacontainers.config.hypervisor.";
+
+/// Runs a line of shell in a VM whose `key` is `value`.
+fn sized(test: &Fixture, key: &str, value: u32, script: &str) -> Finished {
+    let annotation = format!("{HYPERVISOR}{key}={value}");
+    // Each vCPU takes its time to come up where the host is emulated.
+    let settings = test.configuration(&[("boot_timeout_s", 600.into())]);
+    test.busybox("a", &["sh", "-c", script])
+        .with(&["--annotation", &annotation, "--runtime-config-path", &settings])
+        .start_for(60)
+        .finish()
+}
+
+/// How long the vCPUs run in the next half second.
+fn runs(vm: &Vm) -> Duration {
+    let before = vm.vcpu_time();
+    thread::sleep(Duration::from_millis(500));
+    vm.vcpu_time() - before
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_goes_on() {
+    let _test = fixture("vm-pause");
+    // An idle guest would stand still by itself.
+    let mut vm = Vm::boot(1, 128, "idle=poll");
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(10)), "{:?}", vm.inspect());
+    let busy = runs(&vm);
+    assert!(busy > Duration::from_millis(50), "ran for {busy:?} only");
+
+    vm.tell(Request::Pause);
+    // The thread has left the guest, and goes to sleep next.
+    let rest = runs(&vm);
+    assert!(rest < Duration::from_millis(5), "ran for {rest:?}");
+    vm.ask_agent();
+    assert!(
+        !vm.answers(Duration::from_secs(2)),
+        "the agent answers in a pause"
+    );
+    let state = vm.inspect();
+    assert!(state.paused, "{state:?}");
+    assert_eq!(runs(&vm), Duration::ZERO);
+
+    vm.tell(Request::Resume);
+    assert!(vm.answers(config().seconds(5)), "{:?}", vm.inspect());
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(5)), "{:?}", vm.inspect());
+    let busy = runs(&vm);
+    assert!(busy > Duration::from_millis(50), "ran for {busy:?} only");
+    let state = vm.inspect();
+    assert!(!state.paused && !state.console.contains("lockup"), "{state:?}");
+}
+
+#[test]
+fn a_connection_to_a_port_nobody_listens_on_is_answered() {
+    let _test = fixture("vm-connect");
+    let mut vm = Vm::boot(1, 128, "");
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(10)), "{:?}", vm.inspect());
+    let (_near, far) = UnixStream::pair().unwrap();
+    let request = Request::VsockConnect {
+        port: 99,
+        far_end: Fd(0),
+    };
+    let refused = vm.request(request, vec![far.into()]).unwrap_err();
+    assert!(refused.contains("refused"), "{refused}");
+}
+
+#[test]
+fn four_vcpus_are_four_processors() {
+    let test = fixture("vm-vcpus");
+    let done = sized(
+        &test,
+        "default_vcpus",
+        4,
+        "nproc; grep -c ^processor /proc/cpuinfo",
+    );
+    assert_eq!(done.text(), "4\n4\n");
+}
+
+#[test]
+fn the_most_vcpus_a_machine_can_have_all_run() {
+    let test = fixture("vm-32-vcpus");
+    let done = sized(&test, "default_vcpus", 32, "nproc");
+    assert_eq!(done.text(), "32\n");
+}
+
+#[test]
+fn memory_goes_on_above_the_devices_below_four_gibibytes() {
+    let test = fixture("vm-memory");
+    // Pages of the guest's zone from 4 GiB on. What is not touched takes nothing of the host's memory.
+    let zone = "awk '/zone +Normal/ { here = 1 } here && /present/ { print $2; exit }' /proc/zoneinfo";
+    let script = format!("{zone}; awk '/MemTotal/ {{ print $2 }}' /proc/meminfo");
+    let done = sized(&test, "default_memory", 5120, &script).text();
+    let numbers: Vec<u64> = done.lines().map(|line| line.parse().unwrap()).collect();
+    let [above, total] = numbers[..] else {
+        panic!("{done}")
+    };
+    // 3 GiB lie below the devices.
+    assert_eq!(above, (5120 - 3072) << 8, "{done}");
+    assert!((4_800 << 10..5_120 << 10).contains(&total), "{done}");
+}
