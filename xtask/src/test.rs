@@ -4,8 +4,10 @@
 mod integration;
 
 use std::fmt;
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::ops::AddAssign;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -99,9 +101,15 @@ fn unit(progress: &Progress) -> Result<Counts> {
     packages::ensure(&["cpio"])?;
     ensure_nextest(progress)?;
     progress.step("unit and property tests", |_| {
-        let mut child = Command::new(cargo::program())
+        let mut nextest = Command::new(cargo::program());
+        nextest.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
+        if may_make_taps() {
+            nextest.args(["--run-ignored", "all"]);
+        } else {
+            eprintln!("skipped: the test of a real tap device, which needs root and /dev/net/tun");
+        }
+        let mut child = nextest
             .current_dir(workspace::root())
-            .args(["nextest", "run", "--workspace", "--no-fail-fast"])
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -142,6 +150,12 @@ fn lint(progress: &Progress, title: &str, arguments: &[&str]) -> Result<Counts> 
             skipped: 0,
         })
     })
+}
+
+/// Whether the tests that need a real tap device can run.
+fn may_make_taps() -> bool {
+    let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    root && fs::exists("/dev/net/tun").unwrap_or(false)
 }
 
 /// Copies nextest's output line by line; the counts of its summary.

@@ -1,12 +1,15 @@
 //! The virtual machine itself: its size, and the whole of it paused.
 
+use std::fs;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use bulkhead_protocol::control::{Fd, Request};
+use bulkhead_tests::fixture::wait_until;
+use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::vm::Vm;
-use bulkhead_tests::{Finished, Fixture, config};
+use bulkhead_tests::{Finished, Fixture, config, host};
 
 use crate::fixture;
 
@@ -112,4 +115,47 @@ fn memory_goes_on_above_the_devices_below_four_gibibytes() {
     // 3 GiB lie below the devices.
     assert_eq!(above, (5120 - 3072) << 8, "{done}");
     assert!((4_800 << 10..5_120 << 10).contains(&total), "{done}");
+}
+
+/// Memory of the host that a VM of this shim takes, in MiB: now, and at most so far.
+fn memory_of(shim: i32) -> (u64, u64) {
+    let status = fs::read_to_string(format!("/proc/{}/status", host::vmms_of(shim)[0])).unwrap();
+    let value = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        let kibibytes: u64 = line.trim().trim_end_matches("kB").trim().parse().unwrap();
+        kibibytes >> 10
+    };
+    (value("VmRSS:"), value("VmHWM:"))
+}
+
+#[test]
+fn memory_that_the_guest_no_longer_uses_goes_back_to_the_host() {
+    let test = fixture("vm-reporting");
+    let id = test.run("a", PROBE_IMAGE, &["sleep", "1000"]).detach();
+    let (shim, _) = test.task(&id).unwrap();
+    let (before, _) = memory_of(shim);
+    let allocate = [
+        "tasks",
+        "exec",
+        "--exec-id",
+        "x",
+        &id,
+        "/probe",
+        "allocate",
+        "100",
+    ];
+    let _ = test.ctr(&allocate).text();
+    let (_, most) = memory_of(shim);
+    assert!(most >= before + 90, "{before} MiB, at most {most}");
+    // The guest reports free pages about two seconds after they became free.
+    let given_back = wait_until(config().seconds(10), || memory_of(shim).0 < before + 40);
+    assert!(given_back, "{before} MiB before, {:?} after", memory_of(shim));
+    test.kill_and_remove(&id);
+}
+
+#[test]
+fn the_smallest_machine_runs_a_container() {
+    let test = fixture("vm-smallest");
+    let done = sized(&test, "default_memory", 64, "echo it runs");
+    assert_eq!(done.text(), "it runs\n");
 }
