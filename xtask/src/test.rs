@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::cargo::{self, Programs};
 use crate::here;
@@ -39,6 +39,49 @@ const MOST_REPEATED: usize = 4;
 /// Where the integration tests are in the emulated host.
 const DIRECTORY: &str = "/opt/tests";
 
+/// A program of integration tests, in one of the ways it is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// containerd's task service, driven by `ctr`
+    Tasks,
+    /// CRI, sandboxes made by containerd's `podsandbox` controller
+    Cri,
+    /// CRI, sandboxes made by the shim's Sandbox API (containerd 2)
+    CriShim,
+}
+
+impl Suite {
+    const ALL: [Self; 3] = [Self::Tasks, Self::Cri, Self::CriShim];
+
+    fn program(self) -> &'static str {
+        match self {
+            Self::Tasks => "integration",
+            Self::Cri | Self::CriShim => "cri",
+        }
+    }
+
+    /// The runtime handler of its pods.
+    fn handler(self) -> &'static str {
+        match self {
+            Self::Tasks | Self::Cri => "kata",
+            Self::CriShim => "kata-shim",
+        }
+    }
+
+    /// Name of the directory that its logs go to, behind containerd's version.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Tasks => "",
+            Self::Cri => "-cri",
+            Self::CriShim => "-cri-shim",
+        }
+    }
+
+    fn runs_with(self, containerd: Containerd) -> bool {
+        self != Self::CriShim || containerd != Containerd::V1_7
+    }
+}
+
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Debug)]
 pub struct Arguments {
@@ -51,6 +94,12 @@ pub struct Arguments {
     /// Only with this containerd
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
+    /// Only these integration tests (repeatable)
+    #[arg(long, value_enum)]
+    suite: Vec<Suite>,
+    /// Install the programs as they were built last; the tests themselves are built
+    #[arg(long)]
+    no_build: bool,
     /// Seconds that the integration tests with one containerd may take in the emulated host
     #[arg(long, default_value_t = LIMIT.as_secs())]
     timeout: u64,
@@ -190,7 +239,11 @@ fn integration(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
         None => Containerd::ALL.to_vec(),
     };
     progress.extend(ARTIFACT_STEPS + 1);
-    let artifacts = Artifacts::build(progress)?;
+    let artifacts = if arguments.no_build {
+        Artifacts::of(progress, &cargo::built()?)?
+    } else {
+        Artifacts::build(progress)?
+    };
     let programs = cargo::build(
         progress,
         "integration tests",
@@ -199,12 +252,23 @@ fn integration(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
             "--release",
             "--package=bulkhead-tests",
             "--test=integration",
+            "--test=cri",
             "--no-run",
         ],
     )?;
+    let suites = if arguments.suite.is_empty() {
+        Suite::ALL.to_vec()
+    } else {
+        arguments.suite.clone()
+    };
+    let runs: Vec<_> = containerds
+        .iter()
+        .flat_map(|containerd| suites.iter().map(|suite| (*containerd, *suite)))
+        .filter(|(containerd, suite)| suite.runs_with(*containerd))
+        .collect();
     match kvm::choose(&artifacts.cli)? {
-        Place::Here => here(progress, &programs, &artifacts, &containerds, arguments),
-        Place::Emulated => emulated(progress, &programs, &artifacts, &containerds, arguments),
+        Place::Here => here(progress, &programs, &artifacts, &runs, arguments),
+        Place::Emulated => emulated(progress, &programs, &artifacts, &runs, arguments),
     }
 }
 
@@ -212,20 +276,17 @@ fn emulated(
     progress: &Progress,
     programs: &Programs,
     artifacts: &Artifacts,
-    containerds: &[Containerd],
+    runs: &[(Containerd, Suite)],
     arguments: &Arguments,
 ) -> Result<Counts> {
     progress.extend(HOST_STEPS);
     let host = Host::build(progress)?;
     let mut counts = Counts::default();
-    for containerd in containerds {
-        eprintln!("integration tests with containerd {}:", containerd.version());
-        let logs = logs(*containerd)?;
+    for (containerd, suite) in runs {
+        let logs = begin(*containerd, *suite)?;
+        let program = suite.program();
         let run = |filter: &[String]| -> Result<(String, Outcome)> {
-            let mut command = vec![
-                format!("{DIRECTORY}/integration").into(),
-                "--test-threads=1".into(),
-            ];
+            let mut command = vec![format!("{DIRECTORY}/{program}").into(), "--test-threads=1".into()];
             command.extend(filter.iter().map(Into::into));
             let mut run = Run::new(command);
             run.containerd = *containerd;
@@ -235,12 +296,13 @@ fn emulated(
             run.transcript = Some(logs.join("output"));
             run.console = Some(logs.join("console"));
             run.out = Some(logs.clone());
-            for name in ["integration", "bulkhead-probe"] {
+            for name in [program, "bulkhead-probe"] {
                 run.files
                     .push((format!("{DIRECTORY}/{name}"), programs.get(name)?.to_owned()));
             }
             for (name, value) in [
                 ("BULKHEAD_TEST_IMAGE", IMAGE),
+                ("BULKHEAD_TEST_HANDLER", suite.handler()),
                 ("BULKHEAD_TEST_TIME_SCALE", TIME_SCALE),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
             ] {
@@ -280,21 +342,22 @@ fn here(
     progress: &Progress,
     programs: &Programs,
     artifacts: &Artifacts,
-    containerds: &[Containerd],
+    runs: &[(Containerd, Suite)],
     arguments: &Arguments,
 ) -> Result<Counts> {
     progress.extend(1);
     let base = Base::build(progress)?;
     let image = image::busybox(&base.busybox())?;
     let mut counts = Counts::default();
-    for containerd in containerds {
-        eprintln!("integration tests with containerd {}:", containerd.version());
-        let logs = logs(*containerd)?;
+    for (containerd, suite) in runs {
+        let logs = begin(*containerd, *suite)?;
         let mut child = here::command(&base, artifacts, *containerd)?
-            .arg(programs.get("integration")?)
+            .arg(programs.get(suite.program())?)
             .arg("--test-threads=1")
             .args(&arguments.filter)
             .env("BULKHEAD_TEST_IMAGE", &image)
+            .env("BULKHEAD_TEST_HANDLER", suite.handler())
+            .env("BULKHEAD_TEST_CNI_DIR", base.cni())
             .env("BULKHEAD_TEST_LOG_DIR", &logs)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -322,9 +385,11 @@ fn here(
     Ok(counts)
 }
 
-/// An empty directory for what the tests with a containerd leave behind.
-fn logs(containerd: Containerd) -> Result<PathBuf> {
-    let directory = workspace::path("target/integration").join(containerd.version());
+/// Says what is run now; an empty directory for what it leaves behind.
+fn begin(containerd: Containerd, suite: Suite) -> Result<PathBuf> {
+    let name = format!("{}{}", containerd.version(), suite.suffix());
+    eprintln!("integration tests {name} (program {}):", suite.program());
+    let directory = workspace::path("target/integration").join(name);
     if directory.exists() {
         fs::remove_dir_all(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
     }
