@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::network::{self, NetworkError};
 use crate::spawn;
 
 #[cfg(test)]
@@ -55,6 +56,9 @@ pub enum UndoError {
     /// A process does not end.
     #[error("Process {0} does not end")]
     Process(i32),
+    /// An interface stays redirected.
+    #[error("Interface stays redirected")]
+    Redirection(#[source] Box<NetworkError>),
     /// The cgroup stays.
     #[error("The cgroup stays")]
     Cgroup(#[source] crate::cgroup::CgroupError),
@@ -73,6 +77,15 @@ pub enum Entry {
     Cgroup {
         /// Its relative path.
         path: PathBuf,
+    },
+    /// The redirection of an interface's frames to a tap.
+    Redirection {
+        /// Path of the network namespace.
+        namespace: PathBuf,
+        /// Its inode number, which tells it from a later one with the same path.
+        inode: u64,
+        /// Name of the interface.
+        interface: String,
     },
     /// A process. The start time (clock ticks since boot) tells it from a later one with the same id.
     Process {
@@ -206,6 +219,12 @@ fn undo(entry: &Entry) -> Result<(), UndoError> {
     match entry {
         Entry::Socket { path } => remove_file(path),
         Entry::Cgroup { path } => Cgroup::new(path.clone()).remove().map_err(UndoError::Cgroup),
+        Entry::Redirection {
+            namespace,
+            inode,
+            interface,
+        } => network::undo_redirection(namespace, *inode, interface)
+            .map_err(|error| UndoError::Redirection(Box::new(error))),
         Entry::Process { pid, start_time, .. } => kill(*pid, *start_time),
     }
 }

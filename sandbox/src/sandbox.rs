@@ -26,6 +26,7 @@ use crate::vm::{Vm, VmEnd};
 
 mod boot;
 mod lifecycle;
+mod network;
 mod requests;
 
 /// How long the exits of a container's other processes may follow init's.
@@ -240,6 +241,7 @@ struct State {
     containers: HashMap<String, Record>,
     slots: Vec<bool>,
     vm: Option<Vm>,
+    settle: Option<network::Settle>,
 }
 
 struct Inner {

@@ -417,12 +417,12 @@ impl TaskService for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
-        let counters = self
-            .sandbox()?
+        let sandbox = self.sandbox()?;
+        let counters = sandbox
             .stats(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?;
-        let stats = any(&stats::metrics(&counters));
+        let stats = any(&stats::metrics(&counters, &sandbox.network_stats()));
         Ok(api::StatsResponse {
             stats: Some(stats).into(),
             ..api::StatsResponse::default()
