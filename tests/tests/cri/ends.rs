@@ -42,6 +42,18 @@ fn a_pod_whose_shim_dies_is_not_ready_and_leaves_nothing() {
 }
 
 #[test]
+fn an_exit_while_containerd_is_away_keeps_its_code() {
+    let test = pods("away");
+    let pod = test.pod("pod").run();
+    let short = pod.container("short", &["sh", "-c", "sleep 3; exit 3"]).start();
+    let long = pod.container("long", &["sleep", "1000"]).start();
+    test.restart_containerd();
+    assert_eq!(short.wait().exit_code, 3);
+    assert!(long.is_running() && pod.is_ready());
+    assert_eq!(long.sh("echo here").text(), "here\n");
+}
+
+#[test]
 fn a_container_joins_the_processes_of_the_one_it_is_to_debug() {
     let test = pods("debug");
     let pod = test.pod("pod").run();
