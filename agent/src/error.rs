@@ -9,6 +9,8 @@ use crate::cgroup::CgroupError;
 use crate::container::spec::SpecError;
 use crate::job::JobError;
 use crate::network::NetworkError;
+use crate::network::forward::ForwardError;
+use crate::network::plug::PlugError;
 use crate::sandbox::SandboxError;
 use crate::streams::StreamError;
 
@@ -109,6 +111,12 @@ pub enum Error {
     /// The network could not be configured.
     #[error("cannot configure the network")]
     Network(#[source] NetworkError),
+    /// A device could not be taken or given up.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
+    /// A stream could not be forwarded.
+    #[error("cannot forward a stream")]
+    Forward(#[source] ForwardError),
     /// The sandbox could not be set up.
     #[error("cannot set up the sandbox")]
     Sandbox(#[source] SandboxError),
@@ -148,10 +156,14 @@ impl Error {
             Self::Job(error) if error.is_refused() => Code::INVALID_ARGUMENT,
             Self::Cgroup(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Network(error) if error.is_argument() => Code::INVALID_ARGUMENT,
+            Self::Forward(error) if error.is_argument() => Code::INVALID_ARGUMENT,
+            Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
             Self::Job(_)
             | Self::Streams(_)
             | Self::Cgroup(_)
             | Self::Network(_)
+            | Self::Plug(_)
+            | Self::Forward(_)
             | Self::Sandbox(_)
             | Self::Io { .. } => Code::INTERNAL,
         }

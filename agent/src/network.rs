@@ -1,6 +1,8 @@
 //! The guest's interfaces, addresses, routes and neighbours, set over rtnetlink.
 
+pub mod forward;
 mod message;
+pub mod plug;
 mod socket;
 
 use std::collections::HashMap;
@@ -60,7 +62,7 @@ impl NetworkError {
 }
 
 /// Brings the interfaces, routes and neighbours to the given state. Addresses of the named interfaces that are not
-/// in the request are removed; routes and neighbours are added or replaced.
+/// in the request are removed, and so are the routes and neighbours it calls gone; the others are added or replaced.
 ///
 /// # Errors
 /// The request makes no sense or the kernel refuses a part.
@@ -83,7 +85,8 @@ pub fn configure(request: &proto::ConfigureNetworkRequest) -> Result<(), Network
     };
 
     let present = netlink.addresses()?;
-    let mut batch = Vec::new();
+    // Before the addresses: without its address a route may be gone, and then another of its kind would be taken.
+    let mut batch = gone_requests(request, &index)?;
     for interface in &request.interfaces {
         let link = index_of(&interface.name)?;
         let wanted: Vec<Cidr> = interface
@@ -111,7 +114,10 @@ pub fn configure(request: &proto::ConfigureNetworkRequest) -> Result<(), Network
     let mut routes: Vec<_> = request.routes.iter().collect();
     routes.sort_by_key(|route| !route.gateway.is_empty());
     for route in routes {
-        batch.push(route_message(route, index_of(&route.interface)?)?);
+        batch.push(message::set_route(&route_spec(
+            route,
+            index_of(&route.interface)?,
+        )?));
     }
     for neighbor in &request.neighbors {
         let link = index_of(&neighbor.interface)?;
@@ -123,6 +129,26 @@ pub fn configure(request: &proto::ConfigureNetworkRequest) -> Result<(), Network
         ));
     }
     netlink.send(batch)
+}
+
+/// Requests that remove what is gone. What was on an interface that has gone went with it.
+fn gone_requests(
+    request: &proto::ConfigureNetworkRequest,
+    index: &HashMap<String, u32>,
+) -> Result<Vec<message::Request>, NetworkError> {
+    let mut requests = Vec::new();
+    for route in &request.gone_routes {
+        if let Some(link) = index.get(&route.interface) {
+            requests.push(message::delete_route(&route_spec(route, *link)?));
+        }
+    }
+    for neighbor in &request.gone_neighbors {
+        if let Some(link) = index.get(&neighbor.interface) {
+            let address = ip("gone_neighbors.address", &neighbor.address)?;
+            requests.push(message::delete_neighbor(*link, address));
+        }
+    }
+    Ok(requests)
 }
 
 /// Requests that give links their names and sizes. If a name is in use by another link, all links that change
@@ -172,7 +198,7 @@ fn claim(links: &mut [Link], interface: &proto::Interface) -> Result<Link, Netwo
     Ok(before)
 }
 
-fn route_message(route: &proto::Route, link: u32) -> Result<message::Request, NetworkError> {
+fn route_spec(route: &proto::Route, link: u32) -> Result<message::RouteSpec, NetworkError> {
     let optional = |field, text: &str| match text {
         "" => Ok(None),
         text => ip(field, text).map(Some),
@@ -203,7 +229,7 @@ fn route_message(route: &proto::Route, link: u32) -> Result<message::Request, Ne
             value: "IPv4 mixed with IPv6".into(),
         });
     }
-    Ok(message::set_route(&message::RouteSpec {
+    Ok(message::RouteSpec {
         destination,
         gateway,
         source,
@@ -211,7 +237,7 @@ fn route_message(route: &proto::Route, link: u32) -> Result<message::Request, Ne
         scope,
         on_link: route.on_link,
         metric: route.metric,
-    }))
+    })
 }
 
 fn is_link_local(address: IpAddr) -> bool {

@@ -87,7 +87,7 @@ fn routes_without_sense_are_refused() {
         route("10.0.0.0/8", "", "10.0.0.2"),
         route("", "fe80::1", ""),
     ] {
-        assert!(route_message(&good, 2).is_ok());
+        assert!(route_spec(&good, 2).is_ok());
     }
     for bad in [
         route("", "", ""),
@@ -95,10 +95,7 @@ fn routes_without_sense_are_refused() {
         route("10.0.0.0/8", "fe80::1", ""),
         route("x", "", ""),
     ] {
-        assert!(matches!(
-            route_message(&bad, 2),
-            Err(NetworkError::Invalid { .. })
-        ));
+        assert!(matches!(route_spec(&bad, 2), Err(NetworkError::Invalid { .. })));
     }
 }
 

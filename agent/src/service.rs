@@ -120,6 +120,26 @@ impl Agent for Service {
         Ok(proto::ConfigureNetworkResponse::new())
     }
 
+    async fn plug_device(
+        &self,
+        _: &TtrpcContext,
+        request: proto::PlugDeviceRequest,
+    ) -> ttrpc::Result<proto::PlugDeviceResponse> {
+        network::plug::plug(request.place, request.present).map_err(Error::Plug)?;
+        Ok(proto::PlugDeviceResponse::new())
+    }
+
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ForwardRequest,
+    ) -> ttrpc::Result<proto::ForwardResponse> {
+        network::forward::forward(&self.containers.host, &request)
+            .await
+            .map_err(Error::Forward)?;
+        Ok(proto::ForwardResponse::new())
+    }
+
     async fn create_container(
         &self,
         context: &TtrpcContext,

@@ -77,6 +77,19 @@ pub enum Request {
         /// Slot number.
         slot: u32,
     },
+    /// Puts a network device into an empty network slot. The guest sees it when its virtio-mmio driver is told to
+    /// look at that place of the bus again.
+    AttachNet {
+        /// Slot number, below [`VmConfig::net_slots`].
+        slot: u32,
+        /// The device.
+        net: Net,
+    },
+    /// Empties a network slot and closes its tap.
+    DetachNet {
+        /// Slot number.
+        slot: u32,
+    },
     /// Asks the guest to give back memory until it is left with its size less `mib` MiB.
     SetBalloon {
         /// Size of the balloon in MiB.
@@ -112,7 +125,9 @@ pub struct VmConfig {
     pub disk_slots: u32,
     /// Backings present at boot, by slot.
     pub disks: Vec<(u32, Disk)>,
-    /// Network devices.
+    /// Places for network devices on the bus.
+    pub net_slots: u32,
+    /// Network devices present at boot, in the first slots.
     pub nets: Vec<Net>,
     /// The tree shared with the guest over virtio-fs.
     pub share: Option<Share>,
@@ -140,7 +155,7 @@ pub struct Net {
     pub tap: Fd,
     /// Hardware address.
     pub mac: [u8; 6],
-    /// Largest frame payload in bytes.
+    /// Largest frame payload in bytes of a guest without segmentation offload.
     pub mtu: u16,
 }
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::{
     self, AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse,
-    CreateContainerRequest, Event, EventsRequest, ExecProcessRequest, HelloRequest, HelloResponse,
-    ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, RemoveContainerRequest,
-    ResizeTerminalRequest, ResumeContainerRequest, SetupSandboxRequest, ShutdownRequest,
-    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
+    CreateContainerRequest, Event, EventsRequest, ExecProcessRequest, ForwardRequest, HelloRequest,
+    HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest,
+    RemoveContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SetupSandboxRequest,
+    ShutdownRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
 };
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
@@ -137,6 +137,10 @@ impl Agent {
     calls! {
         /// Sets up the guest's interfaces.
         configure_network, "network setup", ConfigureNetworkRequest => agent::ConfigureNetworkResponse;
+        /// Has the guest's driver look at a place of the bus again.
+        plug_device, "device plug", PlugDeviceRequest => agent::PlugDeviceResponse;
+        /// Connects a stream to a server of the guest.
+        forward, "port forward", ForwardRequest => agent::ForwardResponse;
         /// Creates a container.
         create_container, "container creation", CreateContainerRequest => agent::CreateContainerResponse;
         /// Starts a container.

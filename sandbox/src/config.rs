@@ -31,6 +31,9 @@ pub const MAX_KERNEL_PARAMETERS: usize = 1024;
 /// Most empty disk slots.
 pub const MAX_DISK_SLOTS: u32 = 12;
 
+/// Most network interfaces that can be added.
+pub const MAX_NET_SLOTS: u32 = 12;
+
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -82,6 +85,9 @@ pub struct Configuration {
     pub balloon: bool,
     /// Disks that can be attached to a running VM, 0 to 16.
     pub disk_slots: u32,
+    /// Network interfaces that can be added to a running VM, 0 to 12, as far as disks and the interfaces it starts
+    /// with leave places on its bus.
+    pub net_slots: u32,
     /// Deadline in seconds for each phase of a boot, 1 to 600.
     pub boot_timeout_s: u32,
     /// Deadline in seconds for one request to the agent, 1 to 600.
@@ -108,6 +114,7 @@ impl Default for Configuration {
             console: true,
             balloon: true,
             disk_slots: 2,
+            net_slots: 2,
             boot_timeout_s: 60,
             request_timeout_s: 60,
             state_dir: "/run/bulkhead".into(),
@@ -149,6 +156,7 @@ impl Configuration {
         check("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         check("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         check("disk_slots", self.disk_slots, 0, MAX_DISK_SLOTS)?;
+        check("net_slots", self.net_slots, 0, MAX_NET_SLOTS)?;
         check("boot_timeout_s", self.boot_timeout_s, 1, 600)?;
         check("request_timeout_s", self.request_timeout_s, 1, 600)?;
         check_parameters("kernel_parameters", &self.kernel_parameters)?;

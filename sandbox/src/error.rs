@@ -151,6 +151,7 @@ impl Error {
         match self {
             Self::Config(_) => Kind::InvalidArgument,
             Self::Spec(error) => error.kind(),
+            Self::Network(error) => error.kind(),
             Self::Storage(error) => error.kind(),
             Self::Boot(error) => error.kind(),
             Self::Agent { kind, .. } => *kind,
@@ -164,7 +165,6 @@ impl Error {
             Self::Cgroup(_)
             | Self::Journal(_)
             | Self::Mount(_)
-            | Self::Network(_)
             | Self::Vm(_)
             | Self::AgentVersion { .. }
             | Self::Task(_) => Kind::Internal,

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
-use crate::network;
+use crate::network::{self, NetworkError};
 use crate::spawn;
 
 #[cfg(test)]
@@ -56,9 +56,9 @@ pub enum UndoError {
     /// A process does not end.
     #[error("Process {0} does not end")]
     Process(i32),
-    /// A redirection stays.
-    #[error("The redirection of a network interface stays")]
-    Redirection(#[source] crate::network::NetworkError),
+    /// An interface stays redirected.
+    #[error("Interface stays redirected")]
+    Redirection(#[source] Box<NetworkError>),
     /// The cgroup stays.
     #[error("The cgroup stays")]
     Cgroup(#[source] crate::cgroup::CgroupError),
@@ -78,16 +78,14 @@ pub enum Entry {
         /// Its relative path.
         path: PathBuf,
     },
-    /// The redirection of an interface's traffic.
+    /// The redirection of an interface's frames to a tap.
     Redirection {
-        /// File of the network namespace.
+        /// Path of the network namespace.
         namespace: PathBuf,
-        /// The file's inode, which tells it from a later namespace of the same name.
+        /// Its inode number, which tells it from a later one with the same path.
         inode: u64,
-        /// The interface's name.
+        /// Name of the interface.
         interface: String,
-        /// Its index.
-        index: u32,
     },
     /// A process. The start time (clock ticks since boot) tells it from a later one with the same id.
     Process {
@@ -225,8 +223,8 @@ fn undo(entry: &Entry) -> Result<(), UndoError> {
             namespace,
             inode,
             interface,
-            index,
-        } => network::detach(namespace, *inode, interface, *index).map_err(UndoError::Redirection),
+        } => network::undo_redirection(namespace, *inode, interface)
+            .map_err(|error| UndoError::Redirection(Box::new(error))),
         Entry::Process { pid, start_time, .. } => kill(*pid, *start_time),
     }
 }

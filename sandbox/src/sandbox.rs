@@ -27,6 +27,7 @@ use crate::vm::{Vm, VmEnd};
 mod boot;
 mod event;
 mod lifecycle;
+mod network;
 mod requests;
 
 pub use event::{EventSink, SandboxEvent};
@@ -181,6 +182,7 @@ struct State {
     containers: HashMap<String, Record>,
     slots: Vec<bool>,
     vm: Option<Vm>,
+    settle: Option<network::Settle>,
 }
 
 struct Inner {

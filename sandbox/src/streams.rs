@@ -133,6 +133,20 @@ impl StreamTable {
         Ok((message, streams))
     }
 
+    /// Registers a stream that belongs to no process: its port.
+    ///
+    /// # Errors
+    /// The VMM's refusal; the stream is closed then.
+    pub async fn open_one(&self, vm: &Vm, far_end: OwnedFd) -> Result<u32, VmError> {
+        let port = self.add(None, None);
+        let request = Request::VsockListen { port, far_end: Fd(0) };
+        if let Err(error) = vm.ask(request, vec![far_end]).await {
+            self.ended(port);
+            return Err(error);
+        }
+        Ok(port)
+    }
+
     fn add(&self, keeper: Option<Box<dyn Any + Send>>, outputs: Option<watch::Sender<usize>>) -> u32 {
         let mut inner = self.lock();
         let port = inner.next_port;

@@ -356,6 +356,8 @@ fn name(request: &Request) -> &'static str {
         Request::VsockConnect { .. } => "vsock connect",
         Request::AttachDisk { .. } => "attach disk",
         Request::DetachDisk { .. } => "detach disk",
+        Request::AttachNet { .. } => "attach net",
+        Request::DetachNet { .. } => "detach net",
         Request::SetBalloon { .. } => "set balloon",
         Request::Inspect => "inspect",
     }

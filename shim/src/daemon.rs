@@ -93,8 +93,7 @@ pub fn run(daemon: Daemon) -> ! {
     let _ = nix::unistd::chdir("/");
     ignore_signals();
     set_oom_score_adj();
-    let network = daemon.first.as_ref().map(|first| &first.network);
-    let entered = enter_namespaces(network, &daemon.journal);
+    let entered = enter_namespaces(daemon.first.as_ref().map(|first| &first.network), &daemon.journal);
     let code = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(serve(daemon, entered)),
         Err(error) => {
@@ -129,17 +128,16 @@ fn set_oom_score_adj() {
 /// known yet.
 fn enter_namespaces(network: Option<&NetworkNamespace>, journal: &Journal) -> Result<GuestNetwork, Error> {
     use nix::mount::MsFlags;
-    if let Some(network) = network {
-        network::enter(network)?;
-    }
+    let claim = network.map(network::enter).transpose()?;
     let none: Option<&str> = None;
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .and_then(|()| nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none))
         .map_err(|errno| mount::MountError::Open("/".into(), errno))?;
-    match network {
-        Some(NetworkNamespace::Path(path)) => Ok(network::attach(path, journal)?),
-        // A new namespace has nothing but loopback, and the guest has its own.
-        Some(NetworkNamespace::Fresh) | None => Ok(GuestNetwork::default()),
+    match network.zip(claim) {
+        Some((namespace, claim)) => Ok(network::attach(namespace, claim, &mut |entry| {
+            journal.record(entry)
+        })?),
+        None => Ok(GuestNetwork::default()),
     }
 }
 

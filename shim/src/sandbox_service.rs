@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use bulkhead_sandbox::network::{self, GuestNetwork};
-use bulkhead_sandbox::spec::{self, NetworkNamespace};
+use bulkhead_sandbox::network;
+use bulkhead_sandbox::spec;
 use bulkhead_sandbox::{Error, Exit, Role};
 use containerd_shim_protos::sandbox_api as api;
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxService;
@@ -125,11 +125,8 @@ impl Service {
             if let Some(cgroup) = &cgroup {
                 cgroup.add(std::process::id())?;
             }
-            network::enter(&namespace)?;
-            let network = match namespace {
-                NetworkNamespace::Fresh => GuestNetwork::default(),
-                NetworkNamespace::Path(path) => network::attach(&path, &parts.journal)?,
-            };
+            let claim = network::enter(&namespace)?;
+            let network = network::attach(&namespace, claim, &mut |entry| parts.journal.record(entry))?;
             Ok::<_, Error>(Wanted {
                 kind: Kind::Api,
                 config,
@@ -323,12 +320,13 @@ impl SandboxService for Service {
         request: api::SandboxMetricsRequest,
     ) -> Result<api::SandboxMetricsResponse> {
         self.check_id(&request.sandbox_id)?;
-        let counters = self.pod.sandbox()?.pod_stats();
+        let sandbox = self.pod.sandbox()?;
+        let (counters, network) = (sandbox.pod_stats(), sandbox.network_stats());
         let mut response = api::SandboxMetricsResponse::default();
         let metrics = response.metrics.mut_or_insert_default();
         metrics.id = request.sandbox_id;
         metrics.timestamp = time(now_ns());
-        metrics.data = Some(any(&stats::metrics(&counters))).into();
+        metrics.data = Some(any(&stats::metrics(&counters, &network))).into();
         Ok(response)
     }
 }

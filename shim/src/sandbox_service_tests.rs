@@ -44,7 +44,7 @@ impl Fixture {
             kind: Kind::Api,
             config: Configuration::default(),
             cgroup: None,
-            network: GuestNetwork::default(),
+            network: bulkhead_sandbox::network::GuestNetwork::default(),
             files: HashMap::new(),
         };
         let refusal = Error::Spec(SpecError::HostNetwork);

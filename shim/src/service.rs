@@ -273,14 +273,22 @@ impl TaskService for Service {
         })
     }
 
-    /// The processes' ids in the guest: they mean nothing on the host. The sandbox container, which has
-    /// no process in the guest, answers with this process, so that containerd does not take it for lost.
+    /// The processes' ids in the guest: they mean nothing on the host. A container without processes (the
+    /// sandbox's, or one that has ended) answers with its id on the host: containerd, when it restarts, takes a task
+    /// without processes for lost, and its exit status would be.
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
-        let mut processes: Vec<api::ProcessInfo> = self
-            .sandbox()?
-            .processes(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?
+        let sandbox = self.sandbox()?;
+        let state = sandbox
+            .state(&request.id, "")
+            .map_err(|error| from_sandbox(&error))?;
+        let listed = match state.status {
+            Status::Stopped => Vec::new(),
+            _ => sandbox
+                .processes(&request.id)
+                .await
+                .map_err(|error| from_sandbox(&error))?,
+        };
+        let mut processes: Vec<api::ProcessInfo> = listed
             .into_iter()
             .map(|process| {
                 let details = (!process.exec.is_empty()).then(|| {
@@ -296,9 +304,9 @@ impl TaskService for Service {
                 }
             })
             .collect();
-        if processes.is_empty() && self.pod.role(&request.id)? == Role::Sandbox {
+        if processes.is_empty() {
             processes.push(api::ProcessInfo {
-                pid: std::process::id(),
+                pid: self.pid(&request.id),
                 ..api::ProcessInfo::default()
             });
         }
@@ -417,12 +425,12 @@ impl TaskService for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
-        let counters = self
-            .sandbox()?
+        let sandbox = self.sandbox()?;
+        let counters = sandbox
             .stats(&request.id)
             .await
             .map_err(|error| from_sandbox(&error))?;
-        let stats = any(&stats::metrics(&counters));
+        let stats = any(&stats::metrics(&counters, &sandbox.network_stats()));
         Ok(api::StatsResponse {
             stats: Some(stats).into(),
             ..api::StatsResponse::default()

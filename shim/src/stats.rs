@@ -1,13 +1,26 @@
 //! A container's counters as containerd's metrics.
 
 use bulkhead_sandbox::ContainerStats;
+use bulkhead_sandbox::network::Counters;
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
 
-/// Translates cgroup v2 counters.
+/// Translates cgroup v2 counters. The network is the pod's, which its containers share.
 #[must_use]
-pub fn metrics(stats: &ContainerStats) -> Metrics {
+pub fn metrics(stats: &ContainerStats, network: &[Counters]) -> Metrics {
+    let interfaces = network.iter().map(|counters| NetworkStat {
+        name: counters.name.clone(),
+        rx_bytes: counters.rx_bytes,
+        rx_packets: counters.rx_packets,
+        rx_errors: counters.rx_errors,
+        rx_dropped: counters.rx_dropped,
+        tx_bytes: counters.tx_bytes,
+        tx_packets: counters.tx_packets,
+        tx_errors: counters.tx_errors,
+        tx_dropped: counters.tx_dropped,
+        ..NetworkStat::default()
+    });
     let cpu = |key: &str| stats.cpu.get(key).copied().unwrap_or(0);
     let memory = |key: &str| stats.memory_stat.get(key).copied().unwrap_or(0);
     let event = |key: &str| stats.memory_events.get(key).copied().unwrap_or(0);
@@ -95,6 +108,7 @@ pub fn metrics(stats: &ContainerStats) -> Metrics {
             ..IOStat::default()
         })
         .into(),
+        network: interfaces.collect(),
         ..Metrics::default()
     }
 }
@@ -122,7 +136,18 @@ mod tests {
             pids_max: u64::MAX,
             ..ContainerStats::default()
         };
-        let metrics = metrics(&stats);
+        let eth0 = Counters {
+            name: "eth0".into(),
+            rx_bytes: 1,
+            tx_dropped: 2,
+            ..Counters::default()
+        };
+        let metrics = metrics(&stats, &[eth0]);
+        let network = &metrics.network[0];
+        assert_eq!(
+            (network.name.as_str(), network.rx_bytes, network.tx_dropped),
+            ("eth0", 1, 2)
+        );
         assert_eq!(metrics.cpu.usage_usec, 7);
         assert_eq!((metrics.memory.anon, metrics.memory.usage), (5, 10));
         assert_eq!(metrics.memory.workingset_refault, 2);

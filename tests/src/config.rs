@@ -19,6 +19,11 @@ pub struct Config {
     pub image: PathBuf,
     /// Runtime under test, as `ctr run --runtime` takes it.
     pub runtime: String,
+    /// Runtime handler under test of the suite that drives CRI: `kata`, or `kata-shim` for containerd's
+    /// `sandboxer = "shim"`.
+    pub handler: String,
+    /// Directory of the CNI plugins.
+    pub cni: PathBuf,
     /// Factor on every deadline: 1 on hardware, more where the host is emulated.
     pub time_scale: u32,
     /// Directory that receives containerd's log when the process ends.
@@ -48,6 +53,8 @@ impl Config {
             ctr: find("ctr", directory.as_deref())?,
             image,
             runtime: env::var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|_| "io.containerd.kata.v2".into()),
+            handler: env::var("BULKHEAD_TEST_HANDLER").unwrap_or_else(|_| "kata".into()),
+            cni: env::var_os("BULKHEAD_TEST_CNI_DIR").map_or_else(|| "/usr/lib/cni".into(), PathBuf::from),
             time_scale,
             log_dir: env::var_os("BULKHEAD_TEST_LOG_DIR").map(PathBuf::from),
         };

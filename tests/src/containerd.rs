@@ -14,19 +14,23 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::config::config;
+use crate::cri::Client;
+use crate::cri::api::VersionRequest;
 use crate::session::{Finished, Session};
-use crate::{host, image};
+use crate::{host, image, pod, settings};
 
-/// Namespace the suite works in; also the parent cgroup `ctr` gives its containers.
+/// Namespace of the suite that uses `ctr`; also the parent cgroup `ctr` gives its containers.
 pub const NAMESPACE: &str = "bulkhead-tests";
+/// Namespace of what CRI makes.
+pub const CRI_NAMESPACE: &str = "k8s.io";
 
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
     /// Directory of everything: `root`, `state`, `containerd.log`, `work`.
     pub directory: PathBuf,
-    /// Its process id.
-    pub pid: i32,
+    /// [`NAMESPACE`], or [`CRI_NAMESPACE`] if it serves CRI.
+    pub namespace: &'static str,
     /// Version, such as `2.1.9`.
     pub version: String,
     /// The busybox image's name.
@@ -43,16 +47,16 @@ static PID: AtomicI32 = AtomicI32::new(0);
 
 impl Containerd {
     /// The containerd of this process, started at the first call. `probe` is the program put into
-    /// the suite's second image.
+    /// the suite's images. With `cri` it serves CRI too.
     ///
     /// # Panics
     /// If it does not come up, with its log.
-    pub fn get(probe: &Path) -> &'static Self {
+    pub fn get(probe: &Path, cri: bool) -> &'static Self {
         static CONTAINERD: OnceLock<Containerd> = OnceLock::new();
-        CONTAINERD.get_or_init(|| Self::start(probe))
+        CONTAINERD.get_or_init(|| Self::start(probe, cri))
     }
 
-    fn start(probe: &Path) -> Self {
+    fn start(probe: &Path, cri: bool) -> Self {
         let directory = PathBuf::from(format!("/run/bulkhead-tests/{}", std::process::id()));
         fs::create_dir_all(&directory).expect("a directory below /run");
         // overlayfs wants an upper directory that is not itself an overlay, and files of 100 MiB want room.
@@ -71,13 +75,18 @@ impl Containerd {
 
         let version = version();
         fs::create_dir(directory.join("work")).expect("a directory");
-        fs::write(directory.join("config.toml"), configuration(&directory, &version)).expect("a file");
+        let settings = if cri {
+            settings::prepare_cri(&directory);
+            settings::cri(&directory, &version)
+        } else {
+            settings::tasks(&directory, &version)
+        };
+        fs::write(directory.join("config.toml"), settings).expect("a file");
         blockfile_scratch(&directory.join("scratch.ext4"));
-        let pid = spawn(&directory);
-        PID.store(pid, Ordering::SeqCst);
+        spawn(&directory);
         let mut containerd = Containerd {
             directory,
-            pid,
+            namespace: if cri { CRI_NAMESPACE } else { NAMESPACE },
             version,
             busybox: String::new(),
             rootfs: PathBuf::new(),
@@ -86,22 +95,53 @@ impl Containerd {
         containerd.load_images(probe);
         // Containers share these; made here so that the first container is not the one that leaves them behind.
         let tasks = containerd.bundle("id").with_file_name("");
-        let cgroup = Path::new("/sys/fs/cgroup").join(NAMESPACE);
+        let name = if cri { pod::CGROUP } else { NAMESPACE };
+        let cgroup = Path::new("/sys/fs/cgroup").join(name.trim_start_matches('/'));
         for shared in [cgroup, tasks, FIFOS.into(), SOCKETS.into()] {
             fs::create_dir_all(shared).expect("a directory");
         }
         containerd
     }
 
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        PID.load(Ordering::SeqCst)
+    }
+
+    /// Its CRI socket.
+    #[must_use]
+    pub fn cri(&self) -> Client {
+        Client::new(self.directory.join("containerd.sock"))
+    }
+
+    /// Ends containerd and starts it again; containers go on.
+    ///
+    /// # Panics
+    /// If it does not end or does not come up.
+    pub fn restart(&self) {
+        let pid = self.pid();
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("containerd runs");
+        let deadline = Instant::now() + config().seconds(20);
+        while host::is_alive(pid) {
+            assert!(Instant::now() < deadline, "containerd does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+        spawn(&self.directory);
+        self.wait_ready();
+    }
+
     fn wait_ready(&self) {
         let deadline = Instant::now() + config().seconds(30);
         loop {
             let tried = Session::start(self.ctr(&["version"]), config().seconds(30)).finish();
-            if tried.status.success() {
+            // CRI comes up after the other services.
+            let cri = self.namespace == CRI_NAMESPACE;
+            if tried.status.success() && (!cri || self.cri().version(&VersionRequest::default()).is_ok()) {
                 return;
             }
             assert!(
-                Instant::now() < deadline && host::is_alive(self.pid),
+                Instant::now() < deadline && host::is_alive(self.pid()),
                 "containerd did not come up: {tried}\n{}",
                 self.log_tail(0)
             );
@@ -120,6 +160,15 @@ impl Containerd {
             .expect("the busybox image has a name")
             .to_owned();
         self.import(&probe_image, "overlayfs");
+        if self.namespace == CRI_NAMESPACE {
+            for image in image::for_pods(&config().image, probe, &self.directory) {
+                self.import(&image.archive, "overlayfs");
+                // CRI learns of an image by containerd's event.
+                let known =
+                    crate::fixture::wait_until(config().seconds(10), || self.cri().has_image(&image.name));
+                assert!(known, "CRI does not know {}", image.name);
+            }
+        }
     }
 
     /// Unpacks the probe image for a snapshotter.
@@ -139,7 +188,7 @@ impl Containerd {
         let mut command = Command::new(&config().ctr);
         command
             .env("CONTAINERD_ADDRESS", self.directory.join("containerd.sock"))
-            .env("CONTAINERD_NAMESPACE", NAMESPACE)
+            .env("CONTAINERD_NAMESPACE", self.namespace)
             .args(arguments);
         command
     }
@@ -200,7 +249,7 @@ impl Containerd {
     pub fn bundle(&self, id: &str) -> PathBuf {
         self.directory
             .join("state/io.containerd.runtime.v2.task")
-            .join(NAMESPACE)
+            .join(self.namespace)
             .join(id)
     }
 
@@ -238,34 +287,6 @@ fn version() -> String {
         .to_owned()
 }
 
-fn configuration(directory: &Path, version: &str) -> String {
-    let directory = directory.display();
-    let mut text = format!(
-        r#"version = 2
-root = "{directory}/root"
-state = "{directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.nri.v1.nri"]
-[grpc]
-  address = "{directory}/containerd.sock"
-[ttrpc]
-  address = "{directory}/containerd.sock.ttrpc"
-[debug]
-  level = "debug"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{directory}/opt"
-[plugins."io.containerd.snapshotter.v1.blockfile"]
-  root_path = "{directory}/blockfile"
-  scratch_file = "{directory}/scratch.ext4"
-  fs_type = "ext4"
-  mount_options = ["loop"]
-"#
-    );
-    if !version.starts_with('1') {
-        text += "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
-    }
-    text
-}
-
 fn blockfile_scratch(file: &Path) {
     File::create(file)
         .and_then(|file| file.set_len(64 << 20))
@@ -279,13 +300,17 @@ fn blockfile_scratch(file: &Path) {
         .expect_code(0);
 }
 
-/// Starts containerd from a thread that lives as long as the process, since the signal at the
+/// Starts containerd, from a thread that lives as long as the process, since the signal at the
 /// parent's death comes when the *thread* that forked ends.
-fn spawn(directory: &Path) -> i32 {
+fn spawn(directory: &Path) {
     let (sender, receiver) = mpsc::channel();
     let directory = directory.to_path_buf();
     thread::spawn(move || {
-        let log = File::create(directory.join("containerd.log")).expect("a log file");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(directory.join("containerd.log"))
+            .expect("a log file");
         let mut command = Command::new(&config().containerd);
         command
             .arg("--config")
@@ -306,9 +331,10 @@ fn spawn(directory: &Path) -> i32 {
         let status = child.wait();
         eprintln!("containerd ended: {status:?}");
     });
-    receiver
+    let pid = receiver
         .recv()
-        .expect("the thread sends the process id or has panicked")
+        .expect("the thread sends the process id or has panicked");
+    PID.store(pid, Ordering::SeqCst);
 }
 
 /// Ends containerd and takes its directory away.
@@ -329,4 +355,6 @@ extern "C" fn end() {
     let _ = fs::remove_dir(&directory);
     let _ = fs::remove_dir("/run/bulkhead-tests");
     let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(NAMESPACE));
+    let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(pod::CGROUP.trim_start_matches('/')));
+    settings::remove_bridge();
 }

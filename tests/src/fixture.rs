@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,8 +12,10 @@ use serde_json::Value;
 
 use crate::config::config;
 use crate::containerd::Containerd;
+use crate::cri::Client;
 use crate::image::PROBE_IMAGE;
 use crate::leak::Snapshot;
+use crate::pod::PodBuilder;
 use crate::session::{Finished, Session};
 use crate::spec::Spec;
 
@@ -29,6 +32,7 @@ pub struct Fixture {
     name: &'static str,
     baseline: Snapshot,
     log_start: u64,
+    restarted: AtomicBool,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -39,18 +43,32 @@ impl Fixture {
     /// If the environment lacks something, with a message that says how to run the suite.
     #[must_use]
     pub fn new(name: &'static str, probe: &Path) -> Self {
+        Self::begin(name, probe, false)
+    }
+
+    /// Begins a test that drives CRI.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn for_pods(name: &'static str, probe: &Path) -> Self {
+        Self::begin(name, probe, true)
+    }
+
+    fn begin(name: &'static str, probe: &Path, cri: bool) -> Self {
         let _ = config();
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let containerd = Containerd::get(probe);
+        let containerd = Containerd::get(probe, cri);
         let work = containerd.directory.join("work").join(name);
         fs::create_dir_all(&work).expect("a directory");
-        let baseline = Snapshot::take(containerd.pid, &containerd.directory.join("state"));
+        let baseline = Snapshot::take(containerd.pid(), &containerd.directory.join("state"));
         Fixture {
             containerd,
             work,
             name,
             baseline,
             log_start: containerd.log_size(),
+            restarted: AtomicBool::new(false),
             _turn: turn,
         }
     }
@@ -59,6 +77,24 @@ impl Fixture {
     #[must_use]
     pub fn id(&self, suffix: &str) -> String {
         format!("{}-{suffix}", self.name)
+    }
+
+    /// A pod of this test's.
+    #[must_use]
+    pub fn pod(&self, suffix: &str) -> PodBuilder<'_> {
+        PodBuilder::new(self, suffix)
+    }
+
+    /// The CRI socket.
+    #[must_use]
+    pub fn cri(&self) -> Client {
+        self.containerd.cri()
+    }
+
+    /// Ends containerd and starts it again; containers go on.
+    pub fn restart_containerd(&self) {
+        self.restarted.store(true, Ordering::Relaxed);
+        self.containerd.restart();
     }
 
     /// Runs `ctr` to its end.
@@ -235,10 +271,12 @@ impl Fixture {
     #[track_caller]
     pub fn expect_clean(&self) {
         let state = self.containerd.directory.join("state");
-        if let Err(leaked) = self
-            .baseline
-            .wait_clean(self.containerd.pid, &state, config().seconds(5))
-        {
+        let mut baseline = self.baseline.clone();
+        if self.restarted.load(Ordering::Relaxed) {
+            // Another process with other descriptors.
+            baseline.accept_descriptors_of(self.containerd.pid());
+        }
+        if let Err(leaked) = baseline.wait_clean(self.containerd.pid(), &state, config().seconds(5)) {
             panic!("left on the host:\n{leaked}{}", self.logs());
         }
         for list in [["containers", "ls", "-q"], ["tasks", "ls", "-q"]] {
@@ -259,6 +297,9 @@ impl Fixture {
     /// After a failure: ends what is still there, so that the next test starts clean.
     fn sweep(&self) {
         let limit = config().seconds(10);
+        for pod in crate::pod::left(&self.cri()) {
+            eprintln!("sweep: pod {pod}");
+        }
         let run = |arguments: &[&str]| Session::start(self.containerd.ctr(arguments), limit).finish();
         let ids = String::from_utf8_lossy(&run(&["containers", "ls", "-q"]).stdout).into_owned();
         for id in ids.lines() {

@@ -12,12 +12,16 @@ use crate::host;
 /// How often each thing exists.
 type Things = BTreeMap<String, usize>;
 
+/// The kind of what containerd has open.
+const DESCRIPTORS: &str = "descriptor of containerd";
+
 /// Everything a container may leave behind, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot(BTreeMap<&'static str, Things>);
 
 /// Directories whose entries come and go with containers.
-const DIRECTORIES: [(&str, u32); 6] = [
+const DIRECTORIES: [(&str, u32); 7] = [
+    ("/var/lib/cni", 2),
     ("/run/bulkhead", 4),
     ("/run/containerd", 3),
     ("/run/kata", 3),
@@ -34,7 +38,17 @@ impl Snapshot {
         for (directory, depth) in DIRECTORIES {
             list(Path::new(directory), depth, &mut files);
         }
-        list(&state.join("io.containerd.runtime.v2.task"), 2, &mut files);
+        // containerd's root directory is beside the one of its state.
+        let root = state.with_file_name("root");
+        for (directory, depth) in [
+            (state.join("io.containerd.runtime.v2.task"), 2),
+            (state.join("io.containerd.sandbox.controller.v1.shim"), 2),
+            (state.join("io.containerd.grpc.v1.cri"), 2),
+            (root.join("io.containerd.grpc.v1.cri"), 2),
+            (root.join("io.containerd.sandbox.controller.v1.shim"), 2),
+        ] {
+            list(&directory, depth, &mut files);
+        }
         let mut cgroups = Things::new();
         list_directories(Path::new("/sys/fs/cgroup"), &mut cgroups);
         let mut links = Things::new();
@@ -54,8 +68,13 @@ impl Snapshot {
             ("network link", links),
             ("file", files),
             ("loop device", count(loop_devices())),
-            ("descriptor of containerd", count(descriptors(containerd))),
+            (DESCRIPTORS, count(descriptors(containerd))),
         ]))
+    }
+
+    /// Takes the descriptors that the process has now for what was there.
+    pub fn accept_descriptors_of(&mut self, containerd: i32) {
+        self.0.insert(DESCRIPTORS, count(descriptors(containerd)));
     }
 
     /// What is in `later` and not in `self`, one line each.

@@ -6,15 +6,21 @@
 
 pub mod config;
 pub mod containerd;
+pub mod cri;
 pub mod fixture;
+pub mod grpc;
 pub mod host;
 pub mod image;
 pub mod leak;
+pub mod log;
 pub mod pattern;
+pub mod pod;
 pub mod session;
+pub mod settings;
 pub mod spec;
 pub mod vm;
 
 pub use config::{Config, config};
 pub use fixture::{Fixture, Run};
+pub use pod::{Container, Exec, Pod};
 pub use session::{Finished, Session};

@@ -78,6 +78,7 @@ impl Vm {
             root: Fd(2),
             console: true,
             disk_slots: 0,
+            net_slots: 0,
             disks: Vec::new(),
             nets: Vec::new(),
             share: None,

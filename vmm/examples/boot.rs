@@ -68,6 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         console: true,
         disk_slots: 1,
         disks: vec![],
+        net_slots: 0,
         nets: vec![],
         share: Some(bulkhead_protocol::control::Share {
             tag: "bulkhead".into(),

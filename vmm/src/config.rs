@@ -28,14 +28,22 @@ pub enum ConfigError {
     #[error("command_line has a character that is not printable ASCII")]
     CommandLine,
     /// More devices than interrupt lines.
-    #[error("disk_slots ({disk_slots}) and nets ({nets}) make {devices} devices; {max} are possible", max = layout::MAX_DEVICES)]
+    #[error("disk_slots ({disk_slots}) and net_slots ({net_slots}) make {devices} devices; {max} are possible", max = layout::MAX_DEVICES)]
     Devices {
         /// Disk slots asked for.
         disk_slots: u32,
-        /// Network devices asked for.
-        nets: usize,
+        /// Network slots asked for.
+        net_slots: u32,
         /// All devices together.
         devices: u64,
+    },
+    /// More network devices than slots.
+    #[error("nets has {nets} entries; net_slots is {slots}")]
+    NetSlots {
+        /// Network devices.
+        nets: usize,
+        /// Number of slots.
+        slots: u32,
     },
     /// A disk in a slot that does not exist, or two in one.
     #[error("disks names slot {slot}, which is taken or not below disk_slots ({slots})")]
@@ -76,12 +84,18 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
     }
     // Persistent memory, vsock and entropy are always there.
     let fixed = 3 + u64::from(config.share.is_some()) + u64::from(config.balloon);
-    let devices = fixed + config.nets.len() as u64 + u64::from(config.disk_slots);
+    let devices = fixed + u64::from(config.net_slots) + u64::from(config.disk_slots);
     if devices > u64::from(layout::MAX_DEVICES) {
         return Err(ConfigError::Devices {
             disk_slots: config.disk_slots,
-            nets: config.nets.len(),
+            net_slots: config.net_slots,
             devices,
+        });
+    }
+    if config.nets.len() as u64 > u64::from(config.net_slots) {
+        return Err(ConfigError::NetSlots {
+            nets: config.nets.len(),
+            slots: config.net_slots,
         });
     }
     for (index, (slot, _)) in config.disks.iter().enumerate() {
@@ -98,7 +112,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::control::{Disk, Fd};
+    use bulkhead_protocol::control::{Disk, Fd, Net};
 
     use super::*;
 
@@ -122,6 +136,7 @@ mod tests {
                 },
             )],
             nets: vec![],
+            net_slots: 1,
             share: None,
             vsock_listeners: vec![],
             balloon: true,
@@ -137,7 +152,7 @@ mod tests {
             validate(&config).map_err(|error| error.to_string())
         };
         type Case = (fn(&mut VmConfig), &'static str);
-        let cases: [Case; 10] = [
+        let cases: [Case; 12] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),
@@ -151,6 +166,18 @@ mod tests {
             (|config| config.command_line = "a\nb".into(), "command_line"),
             (|config| config.disk_slots = 1, "slot 1"),
             (|config| config.disk_slots = 16, "disk_slots (16)"),
+            (|config| config.net_slots = 16, "net_slots (16)"),
+            (
+                |config| {
+                    config.net_slots = 0;
+                    config.nets = vec![Net {
+                        tap: Fd(4),
+                        mac: [2; 6],
+                        mtu: 1500,
+                    }];
+                },
+                "nets has 1",
+            ),
         ];
         for (change, words) in cases {
             let error = bad(change).expect_err(words);

@@ -27,7 +27,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, DiskError, DiskImage};
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mmio::{MmioTransport, Slot, TransportError};
-use crate::virtio::net::{Net, NetError};
+use crate::virtio::net::{Net, NetError, SlotError};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
@@ -95,14 +95,11 @@ pub enum BuildError {
     #[error("Cannot share a tree")]
     Fs(#[source] FsError),
     /// Network.
-    #[error("Cannot use network device {index}")]
-    Net {
-        /// Index in the configuration.
-        index: usize,
-        /// Reason.
-        #[source]
-        source: NetError,
-    },
+    #[error("Cannot set up the network")]
+    Net(#[source] NetError),
+    /// A network device that is there from the start.
+    #[error("Cannot fill a network slot")]
+    NetSlot(#[source] SlotError),
     /// vsock.
     #[error("Cannot set up vsock")]
     Vsock(#[source] VsockError),
@@ -133,6 +130,8 @@ pub struct Machine {
     pub vsock: Arc<Mutex<Vsock>>,
     /// Disks by slot number.
     pub disks: Vec<Arc<Mutex<Block>>>,
+    /// Network devices by slot number.
+    pub nets: Vec<Arc<Mutex<Net>>>,
     /// Memory given back by the guest.
     pub balloon: Option<Arc<Mutex<Balloon>>>,
     /// The processors.
@@ -225,11 +224,18 @@ impl Machine {
         if let Some(balloon) = &balloon {
             devices.push(balloon.clone());
         }
-        for (index, net) in config.nets.iter().enumerate() {
-            let tap = take("nets.tap", net.tap)?;
-            let device =
-                Net::new(index, tap, net.mac, net.mtu).map_err(|source| BuildError::Net { index, source })?;
-            devices.push(Arc::new(Mutex::new(device)));
+        let mut nets = Vec::new();
+        for slot in 0..config.net_slots {
+            let mut device = Net::new(slot).map_err(BuildError::Net)?;
+            if let Some(net) = config.nets.get(slot as usize) {
+                let tap = take("nets.tap", net.tap)?;
+                device
+                    .attach(tap, net.mac, net.mtu)
+                    .map_err(BuildError::NetSlot)?;
+            }
+            let device = Arc::new(Mutex::new(device));
+            devices.push(device.clone());
+            nets.push(device);
         }
         let mut disks = Vec::new();
         for slot in 0..config.disk_slots {
@@ -296,6 +302,7 @@ impl Machine {
             devices: transports,
             vsock,
             disks,
+            nets,
             balloon,
             vcpus,
             console: ring,

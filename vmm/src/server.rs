@@ -234,6 +234,15 @@ impl<'a> Server<'a> {
             Request::DetachDisk { slot } => {
                 lock(self.disk(slot)?).detach().map_err(|error| text(&error))?;
             }
+            Request::AttachNet { slot, net } => {
+                let tap = take_fd(request, "net.tap", net.tap).map_err(|error| text(&error))?;
+                lock(self.net(slot)?)
+                    .attach(tap, net.mac, net.mtu)
+                    .map_err(|error| text(&error))?;
+            }
+            Request::DetachNet { slot } => {
+                lock(self.net(slot)?).detach().map_err(|error| text(&error))?;
+            }
             Request::SetBalloon { mib } => {
                 let balloon = self.machine.balloon.as_ref().ok_or("The VM has no balloon")?;
                 lock(balloon).set_target_mib(mib).map_err(|error| text(&error))?;
@@ -249,6 +258,13 @@ impl<'a> Server<'a> {
             .get(slot as usize)
             .map(|disk| &**disk)
             .ok_or_else(|| format!("slot is {slot}; the VM has {} disk slots", disks.len()))
+    }
+
+    fn net(&self, slot: u32) -> Result<&Mutex<crate::virtio::net::Net>, String> {
+        let nets = &self.machine.nets;
+        nets.get(slot as usize)
+            .map(|net| &**net)
+            .ok_or_else(|| format!("slot is {slot}; the VM has {} network slots", nets.len()))
     }
 
     /// Stops everything, or nothing if something does not stop in time.

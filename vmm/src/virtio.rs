@@ -6,6 +6,7 @@ pub mod config;
 mod device;
 pub mod fs;
 mod interrupt;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

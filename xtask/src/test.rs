@@ -31,6 +31,12 @@ pub struct Arguments {
     /// Only with this containerd
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
+    /// Only these integration tests (repeatable)
+    #[arg(long, value_enum)]
+    suite: Vec<integration::Suite>,
+    /// Install the programs as they were built last; the tests themselves are built
+    #[arg(long)]
+    no_build: bool,
     /// Seconds that the integration tests with one containerd may take in the emulated host
     #[arg(long, default_value_t = integration::LIMIT.as_secs())]
     timeout: u64,

@@ -198,8 +198,7 @@ pub struct RouteSpec {
     pub metric: u32,
 }
 
-/// Adds or replaces a route.
-pub fn set_route(route: &RouteSpec) -> Request {
+fn route_message(route: &RouteSpec) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(route.destination.address);
     message.header.destination_prefix_length = route.destination.prefix;
@@ -228,20 +227,37 @@ pub fn set_route(route: &RouteSpec) -> Request {
     if route.metric != 0 {
         attributes.push(RouteAttribute::Priority(route.metric));
     }
-    let via = route
-        .gateway
-        .map(|gateway| format!(" via {gateway}"))
-        .unwrap_or_default();
+    message
+}
+
+impl std::fmt::Display for RouteSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "route {}", self.destination)?;
+        self.gateway.map_or(Ok(()), |gateway| write!(f, " via {gateway}"))
+    }
+}
+
+/// Adds or replaces a route.
+pub fn set_route(route: &RouteSpec) -> Request {
     Request {
-        what: format!("add route {}{via}", route.destination),
+        what: format!("add {route}"),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
-        message: RouteNetlinkMessage::NewRoute(message),
+        message: RouteNetlinkMessage::NewRoute(route_message(route)),
         done: Some(libc::EEXIST),
     }
 }
 
-/// Adds or replaces a permanent neighbour.
-pub fn set_neighbor(link: u32, address: IpAddr, hardware: [u8; 6]) -> Request {
+/// Removes a route.
+pub fn delete_route(route: &RouteSpec) -> Request {
+    Request {
+        what: format!("remove {route}"),
+        flags: 0,
+        message: RouteNetlinkMessage::DelRoute(route_message(route)),
+        done: Some(libc::ESRCH),
+    }
+}
+
+fn neighbor_message(link: u32, address: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = family(address);
     message.header.ifindex = link;
@@ -251,6 +267,12 @@ pub fn set_neighbor(link: u32, address: IpAddr, hardware: [u8; 6]) -> Request {
         .attributes
         .push(NeighbourAttribute::Destination(address.into()));
     message
+}
+
+/// Adds or replaces a permanent neighbour.
+pub fn set_neighbor(link: u32, address: IpAddr, hardware: [u8; 6]) -> Request {
+    let mut message = neighbor_message(link, address);
+    message
         .attributes
         .push(NeighbourAttribute::LinkLayerAddress(hardware.to_vec()));
     Request {
@@ -258,5 +280,15 @@ pub fn set_neighbor(link: u32, address: IpAddr, hardware: [u8; 6]) -> Request {
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         message: RouteNetlinkMessage::NewNeighbour(message),
         done: None,
+    }
+}
+
+/// Removes a neighbour.
+pub fn delete_neighbor(link: u32, address: IpAddr) -> Request {
+    Request {
+        what: format!("remove neighbour {address}"),
+        flags: 0,
+        message: RouteNetlinkMessage::DelNeighbour(neighbor_message(link, address)),
+        done: Some(libc::ENOENT),
     }
 }

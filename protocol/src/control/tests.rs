@@ -25,6 +25,7 @@ fn config() -> VmConfig {
                 read_only: true,
             },
         )],
+        net_slots: 2,
         nets: vec![Net {
             tap: Fd(5),
             mac: [2, 0, 0, 0, 0, 1],

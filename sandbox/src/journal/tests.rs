@@ -103,14 +103,13 @@ fn entries() -> impl Strategy<Value = Entry> {
     prop_oneof![
         "/[a-z\n\"]{1,9}".prop_map(|path| Entry::Socket { path: path.into() }),
         "[a-z/ ]{1,9}".prop_map(|path| Entry::Cgroup { path: path.into() }),
-        ("/[a-z]{1,9}", any::<u64>(), "[a-z]{1,9}", any::<u32>()).prop_map(
-            |(namespace, inode, interface, index)| Entry::Redirection {
+        ("/[a-z]{1,9}", any::<u64>(), "[a-z]{1,9}").prop_map(|(namespace, inode, interface)| {
+            Entry::Redirection {
                 namespace: namespace.into(),
                 inode,
                 interface,
-                index,
             }
-        ),
+        }),
         (1..i32::MAX, any::<u64>()).prop_map(|(pid, start_time)| Entry::Process {
             pid,
             start_time,

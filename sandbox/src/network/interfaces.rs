@@ -31,7 +31,7 @@ pub(super) struct Interface {
 }
 
 /// Everything the guest has to take over.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Found {
     pub interfaces: Vec<Interface>,
     routes: Vec<Route>,
@@ -39,7 +39,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub fn request(&self) -> ConfigureNetworkRequest {
+    /// What brings a guest that was told `before` to this state.
+    pub fn request(&self, before: &Self) -> ConfigureNetworkRequest {
         let interfaces = self.interfaces.iter().map(|interface| GuestInterface {
             hardware_address: interface.mac.to_vec(),
             name: interface.name.clone(),
@@ -51,8 +52,25 @@ impl Found {
             interfaces: interfaces.collect(),
             routes: self.routes.clone(),
             neighbors: self.neighbors.clone(),
+            gone_routes: missing(&before.routes, &self.routes),
+            gone_neighbors: missing(&before.neighbors, &self.neighbors),
             ..ConfigureNetworkRequest::default()
         }
+    }
+
+    /// Forgets interfaces, by index, and what is on them.
+    pub fn leave_out(&mut self, indices: &[u32]) {
+        let gone = |interface: &Interface| indices.contains(&interface.index);
+        let names: Vec<String> = self
+            .interfaces
+            .iter()
+            .filter(|interface| gone(interface))
+            .map(|interface| interface.name.clone())
+            .collect();
+        self.interfaces.retain(|interface| !gone(interface));
+        self.routes.retain(|route| !names.contains(&route.interface));
+        self.neighbors
+            .retain(|neighbor| !names.contains(&neighbor.interface));
     }
 
     fn name(&self, index: u32) -> Option<&str> {
@@ -63,8 +81,17 @@ impl Found {
     }
 }
 
-/// Lists interfaces, addresses, routes and permanent neighbours.
-pub(super) fn scan(netlink: &mut Netlink) -> Result<Found, NetworkError> {
+/// The entries of `before` that `now` lacks.
+fn missing<T: Clone + PartialEq>(before: &[T], now: &[T]) -> Vec<T> {
+    before
+        .iter()
+        .filter(|entry| !now.contains(entry))
+        .cloned()
+        .collect()
+}
+
+/// Lists interfaces, addresses, routes and permanent neighbours. `own` are the indices of the sandbox's taps.
+pub(super) fn scan(netlink: &mut Netlink, own: &[u32]) -> Result<Found, NetworkError> {
     let links = netlink.dump(
         "list interfaces",
         RouteNetlinkMessage::GetLink(LinkMessage::default()),
@@ -76,6 +103,7 @@ pub(super) fn scan(netlink: &mut Netlink) -> Result<Found, NetworkError> {
     let mut found = Found::default();
     for message in links {
         if let RouteNetlinkMessage::NewLink(link) = message
+            && !own.contains(&link.header.index)
             && let Some(interface) = interface(&link, &addresses)?
         {
             found.interfaces.push(interface);

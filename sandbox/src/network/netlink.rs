@@ -10,6 +10,7 @@ use netlink_sys::{Socket, SocketAddr};
 use super::NetworkError;
 
 /// An rtnetlink socket of the current network namespace.
+#[derive(Debug)]
 pub(super) struct Netlink {
     socket: Socket,
     sequence: u32,

@@ -15,8 +15,26 @@ use super::NetworkError;
 use super::interfaces::Interface;
 use super::netlink::Netlink;
 
-/// Priority of the only filter, and `ETH_P_ALL` in network byte order (linux/if_ether.h).
-const FILTER_INFO: u32 = (1 << 16) | 0x0300;
+/// Priority of the filter, by which it is told from another's, and `ETH_P_ALL` in network byte order
+/// (linux/if_ether.h).
+const FILTER_INFO: u32 = (0xb01d << 16) | 0x0300;
+
+/// What the names of taps begin with; the slot follows.
+pub(super) const PREFIX: &str = "bulkhead";
+
+/// `ffff:`, the handle of an ingress queue.
+const INGRESS: TcHandle = TcHandle {
+    major: u16::MAX,
+    minor: 0,
+};
+
+/// A tap that is joined to an interface.
+#[derive(Debug)]
+pub(super) struct Joined {
+    pub tap: OwnedFd,
+    /// Index of the tap device.
+    pub index: u32,
+}
 
 mod ioctl {
     nix::ioctl_write_ptr_bad!(
@@ -30,9 +48,9 @@ mod ioctl {
 pub(super) fn create(
     netlink: &mut Netlink,
     interface: &Interface,
-    number: usize,
-) -> Result<OwnedFd, NetworkError> {
-    let name = format!("bulkhead{number}");
+    slot: u32,
+) -> Result<Joined, NetworkError> {
+    let name = format!("{PREFIX}{slot}");
     let tap = open(&name).map_err(|error| NetworkError::Tap {
         interface: interface.name.clone(),
         error,
@@ -41,72 +59,24 @@ pub(super) fn create(
         interface: interface.name.clone(),
         error,
     })?;
+    set_mtu(netlink, index, &name, interface.mtu)?;
+    redirect(netlink, interface.index, index, &interface.name)?;
+    redirect(netlink, index, interface.index, &name)?;
+    Ok(Joined { tap, index })
+}
+
+/// Brings a tap up with the MTU of its interface.
+pub(super) fn set_mtu(netlink: &mut Netlink, index: u32, name: &str, mtu: u16) -> Result<(), NetworkError> {
     let mut link = LinkMessage::default();
     link.header.index = index;
     link.header.flags = LinkFlags::Up;
     link.header.change_mask = LinkFlags::Up;
-    link.attributes.push(LinkAttribute::Mtu(interface.mtu.into()));
+    link.attributes.push(LinkAttribute::Mtu(mtu.into()));
     netlink.change(
         &format!("bring {name} up"),
         RouteNetlinkMessage::SetLink(link),
         false,
-    )?;
-    for (from, to, from_name) in [
-        (interface.index, index, interface.name.as_str()),
-        (index, interface.index, name.as_str()),
-    ] {
-        redirect(netlink, from, to, from_name)?;
-    }
-    Ok(tap)
-}
-
-/// Whether the interface has an ingress queue, which only one can have.
-pub(super) fn is_taken(netlink: &mut Netlink, interface: &Interface) -> Result<bool, NetworkError> {
-    let index = i32::try_from(interface.index).unwrap_or(i32::MAX);
-    let found = netlink.dump(
-        &format!("list the queues of {}", interface.name),
-        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(index)),
-    )?;
-    // A kernel may answer with the queues of all interfaces.
-    Ok(found.iter().any(|answer| match answer {
-        RouteNetlinkMessage::NewQueueDiscipline(queue) => {
-            queue.header.index == index && queue.header.parent == TcHandle::INGRESS
-        }
-        _ => false,
-    }))
-}
-
-/// Takes the ingress queue away, and with it the redirection. None is no error.
-pub(super) fn release(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
-    let queue = ingress(i32::try_from(index).unwrap_or(i32::MAX));
-    let result = netlink.change(
-        &format!("take the ingress queue from {name}"),
-        RouteNetlinkMessage::DelQueueDiscipline(queue),
-        false,
-    );
-    match result {
-        // No such queue: it was never made, or has been taken away.
-        Err(NetworkError::Refused { error, .. })
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
-            ) =>
-        {
-            Ok(())
-        }
-        result => result,
-    }
-}
-
-fn ingress(index: i32) -> TcMessage {
-    let mut queue = TcMessage::with_index(index);
-    queue.header.handle = TcHandle {
-        major: u16::MAX,
-        minor: 0,
-    };
-    queue.header.parent = TcHandle::INGRESS;
-    queue.attributes.push(TcAttribute::Kind("ingress".into()));
-    queue
+    )
 }
 
 fn open(name: &str) -> std::io::Result<OwnedFd> {
@@ -133,13 +103,14 @@ fn index_of(name: &str) -> std::io::Result<u32> {
 
 /// Everything that arrives at interface `from` leaves through `to`.
 fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
-    let index = i32::try_from(from).unwrap_or(i32::MAX);
-    netlink.change(
-        &format!("add an ingress queue to {name}"),
-        RouteNetlinkMessage::NewQueueDiscipline(ingress(index)),
-        true,
-    )?;
-
+    match add_queue(netlink, from, name) {
+        // A sandbox that crashed may have left its own: nobody else uses the namespace now.
+        Err(NetworkError::Refused { error, .. }) if error.raw_os_error() == Some(libc::EEXIST) => {
+            restore(netlink, from, name)?;
+            add_queue(netlink, from, name)?;
+        }
+        result => result?,
+    }
     let mut generic = TcActionGeneric::default();
     generic.action = TcActionType::Stolen;
     let mut mirror = TcMirror::default();
@@ -151,12 +122,7 @@ fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(),
         TcActionAttribute::Kind("mirred".into()),
         TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]),
     ];
-    let mut filter = TcMessage::with_index(index);
-    filter.header.parent = TcHandle {
-        major: u16::MAX,
-        minor: 0,
-    };
-    filter.header.info = FILTER_INFO;
+    let mut filter = filter(from);
     filter.attributes = vec![
         TcAttribute::Kind("matchall".into()),
         TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![
@@ -168,4 +134,50 @@ fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(),
         RouteNetlinkMessage::NewTrafficFilter(filter),
         true,
     )
+}
+
+/// Gives an interface back as the network plugin made it. One that is not redirected is left alone.
+pub(super) fn restore(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
+    let what = format!("remove the redirection of {name}");
+    match netlink.change(&what, RouteNetlinkMessage::DelTrafficFilter(filter(index)), false) {
+        Ok(()) => {}
+        // No such filter, no queue, no interface.
+        Err(NetworkError::Refused { error, .. })
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
+            ) =>
+        {
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    }
+    netlink.change(
+        &what,
+        RouteNetlinkMessage::DelQueueDiscipline(queue(index)),
+        false,
+    )
+}
+
+fn add_queue(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
+    netlink.change(
+        &format!("add an ingress queue to {name}"),
+        RouteNetlinkMessage::NewQueueDiscipline(queue(index)),
+        true,
+    )
+}
+
+fn queue(index: u32) -> TcMessage {
+    let mut queue = TcMessage::with_index(index.cast_signed());
+    queue.header.handle = INGRESS;
+    queue.header.parent = TcHandle::INGRESS;
+    queue.attributes.push(TcAttribute::Kind("ingress".into()));
+    queue
+}
+
+fn filter(index: u32) -> TcMessage {
+    let mut filter = TcMessage::with_index(index.cast_signed());
+    filter.header.parent = INGRESS;
+    filter.header.info = FILTER_INFO;
+    filter
 }

@@ -5,6 +5,7 @@ use bulkhead_protocol::control::{self, BootTimes, Share, VmConfig};
 use bulkhead_protocol::ports;
 use tokio::sync::mpsc;
 
+use super::network::net_slots;
 use super::*;
 use crate::agent::Events;
 use crate::error::chain;
@@ -81,13 +82,7 @@ impl Sandbox {
             .mark_at("agent_ready", times.running.saturating_add(hello.ready_uptime_us));
         self.0.timeline.mark("agent_answered");
 
-        let network = self
-            .0
-            .network
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .request
-            .take();
+        let network = self.network().request.take();
         if let Some(request) = network {
             agent.configure_network(&request).await?;
         }
@@ -95,7 +90,9 @@ impl Sandbox {
         self.0.timeline.mark("sandbox_ready");
         let listener = self.clone();
         tokio::spawn(async move { listener.run_events(events).await });
-        Ok(Guest { vm, agent })
+        let guest = Guest { vm, agent };
+        self.follow_network(&guest);
+        Ok(guest)
     }
 
     /// Writes the VMM down and watches it.
@@ -146,15 +143,17 @@ impl Sandbox {
             None => None,
         };
         let agent = fds.add(theirs.into());
-        let mut nets = Vec::new();
-        for net in &self.0.network.lock().unwrap_or_else(PoisonError::into_inner).nets {
-            let tap = fds.add(duplicate(&net.tap).map_err(VmError::Descriptor)?);
-            nets.push(control::Net {
-                tap,
+        // The VMM's copies are the only ones: a tap goes when it closes them.
+        let nets: Vec<control::Net> = std::mem::take(&mut self.network().nets)
+            .into_iter()
+            .map(|net| control::Net {
+                tap: fds.add(net.tap),
                 mac: net.mac,
                 mtu: net.mtu,
-            });
-        }
+            })
+            .collect();
+        let net_slots = net_slots(nets.len(), config);
+        self.network().slots = net_slots;
         let vm_config = VmConfig {
             version: control::VERSION,
             vcpus: config.vcpus,
@@ -167,6 +166,7 @@ impl Sandbox {
             console: config.console,
             disk_slots: config.disk_slots,
             disks: Vec::new(),
+            net_slots,
             nets,
             share,
             vsock_listeners: vec![(ports::AGENT, agent)],

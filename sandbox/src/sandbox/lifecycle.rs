@@ -205,6 +205,8 @@ impl Sandbox {
         let result = match (is_sandbox, exec.is_empty()) {
             (true, _) => Ok(()),
             (false, true) => {
+                // A network attached between creation and start is there when the program runs.
+                self.settle_network().await;
                 let request = StartContainerRequest {
                     container_id: id.into(),
                     ..Default::default()

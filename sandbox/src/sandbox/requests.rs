@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::{
 
 use super::*;
 use crate::error::Kind;
+use crate::network::Counters;
 
 impl Sandbox {
     /// Waits until containers can be created.
@@ -61,6 +62,12 @@ impl Sandbox {
     #[must_use]
     pub fn pod_stats(&self) -> ContainerStatsResponse {
         self.0.cgroup.as_ref().map(Cgroup::stats).unwrap_or_default()
+    }
+
+    /// Counters of the pod's network interfaces.
+    #[must_use]
+    pub fn network_stats(&self) -> Vec<Counters> {
+        crate::network::counters()
     }
 
     /// A process's state.

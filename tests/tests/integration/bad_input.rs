@@ -152,7 +152,7 @@ fn a_bundle_with_a_broken_config_json() {
         let bundle = test.work.join(name);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("config.json"), content).unwrap();
-        let before = Snapshot::take(test.containerd.pid, &state);
+        let before = Snapshot::take(test.containerd.pid(), &state);
         let id = test.id(name);
         let shim = |action: &str| {
             let mut command = Command::new("containerd-shim-kata-v2");
@@ -174,7 +174,7 @@ fn a_bundle_with_a_broken_config_json() {
         let said = shim("start").expect_error(&["config.json"]);
         assert_eq!(said.trim().lines().count(), 1, "more than one line: {said}");
         let _ = shim("delete").expect_code(0);
-        let clean = before.wait_clean(test.containerd.pid, &state, config().seconds(5));
+        let clean = before.wait_clean(test.containerd.pid(), &state, config().seconds(5));
         assert_eq!(clean, Ok(()), "{name}");
     }
     assert!(wait_until(config().seconds(2), || !host::processes()

@@ -171,7 +171,7 @@ impl VirtioDevice for Balloon {
                 DEFLATE => {}
                 _ => {
                     for segment in chain.writable() {
-                        discard(memory, segment)?;
+                        discard(memory, segment.address, segment.len.into())?;
                     }
                 }
             }
@@ -207,18 +207,18 @@ fn inflate(memory: &GuestMemory, chain: &Chain) -> Result<(), DeviceError> {
                     len: PAGE_SIZE as u32,
                 };
                 if let Some(full) = run.replace(page) {
-                    discard(memory, &full)?;
+                    discard(memory, full.address, full.len.into())?;
                 }
             }
         }
     }
-    run.map_or(Ok(()), |run| discard(memory, &run))
+    run.map_or(Ok(()), |run| discard(memory, run.address, run.len.into()))
 }
 
-/// Gives the whole pages of a range back to the host.
-fn discard(memory: &GuestMemory, range: &Segment) -> Result<(), DeviceError> {
-    let start = range.address.next_multiple_of(PAGE_SIZE);
-    let end = (range.address + u64::from(range.len)) / PAGE_SIZE * PAGE_SIZE;
+/// Gives the whole pages of a range in guest memory back to the host.
+pub(super) fn discard(memory: &GuestMemory, address: u64, len: u64) -> Result<(), DeviceError> {
+    let start = address.next_multiple_of(PAGE_SIZE);
+    let end = (address + len) / PAGE_SIZE * PAGE_SIZE;
     let Some(len) = end.checked_sub(start).filter(|&len| len > 0) else {
         return Ok(());
     };

@@ -68,7 +68,7 @@ pub trait VirtioDevice: Debug + Send {
     /// Short name with the instance number, for example `blk2`.
     fn name(&self) -> &str;
 
-    /// Device id (virtio 1.2, section 5).
+    /// Device id (virtio 1.2, section 5); 0 while there is nothing for a driver here.
     fn device_type(&self) -> u32;
 
     /// Features the device offers, `VIRTIO_F_VERSION_1` included.

@@ -95,8 +95,8 @@ impl MmioTransport {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(TransportError::EventFd);
         let interrupt = Arc::new(Interrupt::new(event()?));
         let mut guard = lock(&device);
-        let registers = Registers::new(guard.device_type(), guard.features(), guard.queue_sizes())
-            .map_err(TransportError::Queue)?;
+        let registers =
+            Registers::new(guard.features(), guard.queue_sizes()).map_err(TransportError::Queue)?;
         let queue_events = guard
             .queue_sizes()
             .iter()
@@ -255,6 +255,8 @@ impl MmioTransport {
         }
         let value = match offset {
             registers::INTERRUPT_STATUS => self.interrupt.status(),
+            // A slot may be filled and emptied.
+            registers::DEVICE_ID => lock(&self.device).device_type(),
             registers::CONFIG_GENERATION => lock(&self.device).config_generation(),
             _ => lock(&self.registers).read(offset),
         };

@@ -2,11 +2,15 @@
 //!
 //! Frames go between the tap and guest memory in one vectored system call each, with the virtio header in
 //! front: the kernel's tun driver speaks it too, so checksum and segmentation work is passed through
-//! untouched. There is no control queue: address, MTU and link are fixed from outside.
+//! untouched. There is no control queue: address and link are fixed from outside.
+//!
+//! Interfaces come and go while the VM runs. The place of one that is not there holds device id 0, which
+//! virtio defines as no device: the driver passes it by at boot for the price of three register reads, and
+//! takes it when it is told to look again.
 
 mod device;
 mod tap;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Net, NetError, NetState};
+pub use device::{Net, NetError, NetState, SlotError};

@@ -78,6 +78,12 @@ impl Base {
         self.0.join("root/usr/bin/busybox")
     }
 
+    /// The directory of the CNI plugins.
+    #[must_use]
+    pub fn cni(&self) -> PathBuf {
+        self.0.join("root/usr/lib/cni")
+    }
+
     /// The directory that holds a containerd and its `ctr`.
     #[must_use]
     pub fn containerd(&self, version: &str) -> PathBuf {

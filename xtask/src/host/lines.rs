@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 /// Passes output on; with a label line by line, each line behind the label.
 pub struct Lines<W: Write> {
-    label: Option<&'static str>,
+    label: Option<String>,
     target: W,
     /// The beginning of a line whose end has not come.
     line: Vec<u8>,
@@ -12,7 +12,7 @@ pub struct Lines<W: Write> {
 
 impl<W: Write> Lines<W> {
     /// Writes to `target`.
-    pub fn new(label: Option<&'static str>, target: W) -> Self {
+    pub fn new(label: Option<String>, target: W) -> Self {
         Self {
             label,
             target,
@@ -22,7 +22,7 @@ impl<W: Write> Lines<W> {
 
     fn put_line(&mut self) -> io::Result<()> {
         // One write for each line, so that two machines do not share one.
-        let label = self.label.unwrap_or_default();
+        let label = self.label.as_deref().unwrap_or_default();
         let line = [label.as_bytes(), b" | ", &self.line].concat();
         self.line.clear();
         self.target.write_all(&line)
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn whole_lines_get_the_label() {
         let mut output = Vec::new();
-        let mut lines = Lines::new(Some("a"), &mut output);
+        let mut lines = Lines::new(Some("a".to_owned()), &mut output);
         for piece in ["on", "e\ntwo\n\nth", "ree"] {
             lines.write_all(piece.as_bytes()).unwrap();
         }

@@ -67,7 +67,7 @@ pub struct Run {
     /// Receives a copy of the command's standard output.
     pub transcript: Option<PathBuf>,
     /// Begins every line of output, when several machines run at once.
-    pub label: Option<&'static str>,
+    pub label: Option<String>,
 }
 
 /// Runs of this process so far.
@@ -136,8 +136,8 @@ impl Run {
             }
             None => None,
         };
-        let output = output.copy_to(Lines::new(self.label, io::stdout()), transcript);
-        let errors = errors.copy_to(Lines::new(self.label, io::stderr()), None);
+        let output = output.copy_to(Lines::new(self.label.clone(), io::stdout()), transcript);
+        let errors = errors.copy_to(Lines::new(self.label.clone(), io::stderr()), None);
         let log = directory.join("qemu.log");
         let mut child = qemu
             .stdin(Stdio::null())

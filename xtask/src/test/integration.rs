@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use clap::ValueEnum;
 
 use super::{Arguments, Counts};
 use crate::cargo::{self, Programs};
@@ -34,43 +35,87 @@ const MOST_REPEATED: usize = 4;
 /// Where the integration tests are in the emulated host.
 const DIRECTORY: &str = "/opt/tests";
 
-/// One program of tests and the containerd it finds.
-struct Suite {
-    /// Begins each line of its output, and names the directory of its logs.
-    name: &'static str,
-    program: &'static str,
-    containerd: Containerd,
+/// A program of tests, in one of the ways it is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Suite {
+    /// containerd's task service, driven by `ctr`
+    Tasks,
+    /// CRI, sandboxes made by containerd's `podsandbox` controller
+    Cri,
+    /// CRI, sandboxes made by the shim's Sandbox API (containerd 2)
+    CriShim,
+    /// The agent without a virtual machine
+    Agent,
 }
 
 impl Suite {
-    /// What `arguments` ask for.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Tasks => "integration",
+            Self::Cri | Self::CriShim => "cri",
+            Self::Agent => "guest",
+        }
+    }
+
+    /// The runtime handler of its pods.
+    fn handler(self) -> &'static str {
+        match self {
+            Self::CriShim => "kata-shim",
+            Self::Tasks | Self::Cri | Self::Agent => "kata",
+        }
+    }
+
+    fn runs_with(self, containerd: Containerd) -> bool {
+        match self {
+            Self::Tasks | Self::Cri => true,
+            Self::CriShim | Self::Agent => containerd == Containerd::V2_1,
+        }
+    }
+}
+
+/// A suite and the containerd it finds.
+struct Job {
+    /// Begins each line of its output, and names the directory of its logs.
+    name: String,
+    suite: Suite,
+    containerd: Containerd,
+}
+
+impl Job {
+    /// What `arguments` ask for, the longest first.
     fn chosen(arguments: &Arguments) -> Vec<Self> {
         let containerds = match arguments.containerd {
             Some(one) => vec![one],
             None => Containerd::ALL.to_vec(),
         };
-        let mut suites: Vec<_> = containerds
-            .into_iter()
-            .map(|containerd| Self {
-                name: containerd.version(),
-                program: "integration",
+        let wanted = |suite: &Suite| {
+            if arguments.suite.is_empty() {
+                // A filter is one of containers' and pods' tests.
+                *suite != Suite::Agent || arguments.filter.is_empty()
+            } else {
+                arguments.suite.contains(suite)
+            }
+        };
+        let suites = Suite::value_variants().iter().copied().filter(wanted);
+        suites
+            .flat_map(|suite| containerds.iter().map(move |containerd| (suite, *containerd)))
+            .filter(|(suite, containerd)| suite.runs_with(*containerd))
+            .map(|(suite, containerd)| Self {
+                name: match suite {
+                    Suite::Tasks => containerd.version().to_owned(),
+                    Suite::Cri => format!("{}-cri", containerd.version()),
+                    Suite::CriShim => format!("{}-cri-shim", containerd.version()),
+                    Suite::Agent => "agent".to_owned(),
+                },
+                suite,
                 containerd,
             })
-            .collect();
-        // A filter, like a containerd, is one of the whole's tests.
-        if arguments.containerd.is_none() && arguments.filter.is_empty() {
-            suites.push(Self {
-                name: "agent",
-                program: "guest",
-                containerd: Containerd::V2_1,
-            });
-        }
-        suites
+            .collect()
     }
 
     /// An empty directory for what the tests leave behind.
     fn logs(&self) -> Result<PathBuf> {
-        let directory = workspace::path("target/integration").join(self.name);
+        let directory = workspace::path("target/integration").join(&self.name);
         if directory.exists() {
             fs::remove_dir_all(&directory)
                 .with_context(|| format!("cannot remove {}", directory.display()))?;
@@ -85,9 +130,13 @@ impl Suite {
 /// # Errors
 /// Something cannot be built or started.
 pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
-    let suites = Suite::chosen(arguments);
+    let jobs = Job::chosen(arguments);
     progress.extend(ARTIFACT_STEPS + 1);
-    let artifacts = Artifacts::build(progress)?;
+    let artifacts = if arguments.no_build {
+        Artifacts::of(progress, &cargo::built()?)?
+    } else {
+        Artifacts::build(progress)?
+    };
     let mut programs = cargo::build(
         progress,
         "integration tests",
@@ -97,16 +146,17 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
             "--no-run",
             "--package=bulkhead-tests",
             "--test=integration",
+            "--test=cri",
         ],
     )?;
-    if suites.iter().any(|suite| suite.program == "guest") {
+    if jobs.iter().any(|job| job.suite == Suite::Agent) {
         progress.extend(1);
         // Like the unit tests, whose dependencies are built by now.
         let build = ["test", "--no-run", "--workspace", "--test=guest"];
         programs.extend(cargo::build(progress, "tests of the agent", &build)?);
     }
     match kvm::choose(&artifacts.cli)? {
-        Place::Here => here(progress, &programs, &artifacts, &suites, arguments),
+        Place::Here => here(progress, &programs, &artifacts, &jobs, arguments),
         Place::Emulated => {
             progress.extend(HOST_STEPS);
             let host = Host::build(progress)?;
@@ -117,7 +167,7 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
                     host: &host,
                     arguments,
                 },
-                &suites,
+                &jobs,
             )
         }
     }
@@ -132,18 +182,18 @@ struct Emulation<'a> {
 }
 
 /// Each suite in a machine of its own, as many at once as this one can carry.
-fn emulated(emulation: &Emulation<'_>, suites: &[Suite]) -> Result<Counts> {
-    let queue = Mutex::new(suites.iter());
+fn emulated(emulation: &Emulation<'_>, jobs: &[Job]) -> Result<Counts> {
+    let queue = Mutex::new(jobs.iter());
     let work = || -> Result<Counts> {
         let mut counts = Counts::default();
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(suite) = next else { return Ok(counts) };
-            counts += emulation.suite(suite)?;
+            let Some(job) = next else { return Ok(counts) };
+            counts += emulation.job(job)?;
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..machines().min(suites.len()))
+        let workers: Vec<_> = (0..machines().min(jobs.len()))
             .map(|_| scope.spawn(work))
             .collect();
         let mut counts = Counts::default();
@@ -168,33 +218,34 @@ fn machines() -> usize {
 }
 
 impl Emulation<'_> {
-    fn suite(&self, suite: &Suite) -> Result<Counts> {
-        let logs = suite.logs()?;
+    fn job(&self, job: &Job) -> Result<Counts> {
+        let logs = job.logs()?;
         eprintln!(
             "{} | tests in an emulated host; logs: {}",
-            suite.name,
+            job.name,
             logs.display()
         );
         let run = |filter: &[String]| -> Result<(String, Outcome)> {
-            let mut command = vec![format!("{DIRECTORY}/{}", suite.program).into()];
-            if suite.program == "integration" {
+            let mut command = vec![format!("{DIRECTORY}/{}", job.suite.program()).into()];
+            if job.suite != Suite::Agent {
                 command.push("--test-threads=1".into());
             }
             command.extend(filter.iter().map(Into::into));
             let mut run = Run::new(command);
-            run.label = Some(suite.name);
-            run.containerd = suite.containerd;
+            run.label = Some(job.name.clone());
+            run.containerd = job.containerd;
             run.timeout = Duration::from_secs(self.arguments.timeout);
             run.memory_mib = MEMORY_MIB;
             run.transcript = Some(logs.join("output"));
             run.console = Some(logs.join("console"));
             run.out = Some(logs.clone());
-            for name in [suite.program, "bulkhead-probe"] {
+            for name in [job.suite.program(), "bulkhead-probe"] {
                 run.files
                     .push((format!("{DIRECTORY}/{name}"), self.programs.get(name)?.to_owned()));
             }
             for (name, value) in [
                 ("BULKHEAD_TEST_IMAGE", IMAGE),
+                ("BULKHEAD_TEST_HANDLER", job.suite.handler()),
                 ("BULKHEAD_TEST_TIME_SCALE", TIME_SCALE),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
             ] {
@@ -211,16 +262,16 @@ impl Emulation<'_> {
             // Deadlines in emulation depend on what else the machine does: a second chance, and said aloud.
             eprintln!(
                 "{} | once more, those that failed: {}",
-                suite.name,
+                job.name,
                 failed.join(", ")
             );
             let (text, outcome) = run(&[vec!["--exact".to_owned()], failed].concat())?;
             let again = report(&text, outcome);
-            eprintln!("{} | passed only when repeated: {}", suite.name, again.passed);
+            eprintln!("{} | passed only when repeated: {}", job.name, again.passed);
             result.passed += again.passed;
             result.failed = again.failed;
         }
-        eprintln!("{} | {result}", suite.name);
+        eprintln!("{} | {result}", job.name);
         Ok(result)
     }
 }
@@ -230,19 +281,19 @@ fn here(
     progress: &Progress,
     programs: &Programs,
     artifacts: &Artifacts,
-    suites: &[Suite],
+    jobs: &[Job],
     arguments: &Arguments,
 ) -> Result<Counts> {
     progress.extend(1);
     let base = Base::build(progress)?;
     let image = image::busybox(&base.busybox())?;
     let mut counts = Counts::default();
-    for suite in suites {
-        let logs = suite.logs()?;
-        eprintln!("{} | tests on this machine; logs: {}", suite.name, logs.display());
-        let program = programs.get(suite.program)?;
-        let mut command = if suite.program == "integration" {
-            let mut command = here::command(&base, artifacts, suite.containerd)?;
+    for job in jobs {
+        let logs = job.logs()?;
+        eprintln!("{} | tests on this machine; logs: {}", job.name, logs.display());
+        let program = programs.get(job.suite.program())?;
+        let mut command = if job.suite != Suite::Agent {
+            let mut command = here::command(&base, artifacts, job.containerd)?;
             command
                 .arg(program)
                 .arg("--test-threads=1")
@@ -253,6 +304,8 @@ fn here(
         };
         let mut child = command
             .env("BULKHEAD_TEST_IMAGE", &image)
+            .env("BULKHEAD_TEST_HANDLER", job.suite.handler())
+            .env("BULKHEAD_TEST_CNI_DIR", base.cni())
             .env("BULKHEAD_TEST_LOG_DIR", &logs)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

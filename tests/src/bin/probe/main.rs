@@ -38,6 +38,7 @@ fn run(arguments: &[&str]) -> Outcome {
         ["files", directory] => files::exercise(directory.as_ref())?,
         ["entries", directory, count] => files::entries(directory.as_ref(), count.parse()?)?,
         ["errno", what, path] => println!("{}", report::errno_of(what, path)?),
+        ["queue", what, key] => println!("{}", report::queue(what, key.parse()?)?),
         ["allocate", mib] => allocate(mib.parse()?)?,
         ["trap", children] => trap(children.parse()?)?,
         ["tick"] => tick()?,

@@ -76,6 +76,22 @@ fn processes() -> io::Result<BTreeMap<String, String>> {
         .collect())
 }
 
+/// Makes or finds a System V message queue, and answers with its id or the error's name.
+pub fn queue(what: &str, key: i32) -> Result<String, String> {
+    let flags = match what {
+        "make" => libc::IPC_CREAT | 0o600,
+        "find" => 0,
+        _ => return Err(format!("unknown operation {what}")),
+    };
+    // SAFETY: takes integers only.
+    let id = unsafe { libc::msgget(key, flags) };
+    Ok(if id >= 0 {
+        id.to_string()
+    } else {
+        format!("{:?}", nix::errno::Errno::last())
+    })
+}
+
 /// Does one thing to a path and names the error: `ok`, `EPERM`, …
 pub fn errno_of(what: &str, path: &str) -> Result<String, String> {
     let result = match what {

@@ -11,7 +11,7 @@ use crate::memory::GuestMemory;
 // Offsets (virtio 1.2, 4.2.2).
 const MAGIC: u64 = 0x000;
 const VERSION: u64 = 0x004;
-const DEVICE_ID: u64 = 0x008;
+pub const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
 const DEVICE_FEATURES: u64 = 0x010;
 const DEVICE_FEATURES_SELECT: u64 = 0x014;
@@ -81,7 +81,6 @@ pub struct TransportState {
 
 #[derive(Debug)]
 pub struct Registers {
-    device_type: u32,
     device_features: u64,
     queue_sizes: Vec<u16>,
     status: u32,
@@ -94,13 +93,8 @@ pub struct Registers {
 }
 
 impl Registers {
-    pub fn new(
-        device_type: u32,
-        device_features: u64,
-        queue_sizes: &[u16],
-    ) -> Result<Self, virtio_queue::Error> {
+    pub fn new(device_features: u64, queue_sizes: &[u16]) -> Result<Self, virtio_queue::Error> {
         Ok(Self {
-            device_type,
             device_features: device_features | VERSION_1,
             queue_sizes: queue_sizes.to_vec(),
             status: 0,
@@ -151,7 +145,6 @@ impl Registers {
         match offset {
             MAGIC => MAGIC_VALUE,
             VERSION => VERSION_VALUE,
-            DEVICE_ID => self.device_type,
             VENDOR_ID => VENDOR,
             DEVICE_FEATURES => word(self.device_features, self.device_features_select),
             QUEUE_SIZE_MAX => self

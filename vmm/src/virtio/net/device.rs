@@ -9,7 +9,6 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -20,12 +19,15 @@ use crate::virtio::{Activation, DeviceError, Turn, VirtioDevice, config};
 
 /// Device id (virtio 1.2, 5).
 const DEVICE_TYPE: u32 = 1;
+/// Device id of a place without a device (virtio 1.2, 4.2.3.1.1): drivers pass it by.
+const NO_DEVICE: u32 = 0;
 /// Receive and transmit queue (virtio 1.2, 5.1.2).
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 const RX: usize = 0;
 const TX: usize = 1;
 
-/// Everything the device offers; UFO is left out, Linux guests no longer produce it.
+/// Everything the device offers. UFO is left out, Linux guests no longer produce it; so is the MTU, which a
+/// driver takes as the largest that can ever be set, while the host's may grow.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | RING_FEATURES
     | 1 << VIRTIO_NET_F_CSUM
@@ -35,8 +37,7 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_HOST_TSO4
     | 1 << VIRTIO_NET_F_HOST_TSO6
     | 1 << VIRTIO_NET_F_MRG_RXBUF
-    | 1 << VIRTIO_NET_F_MAC
-    | 1 << VIRTIO_NET_F_MTU;
+    | 1 << VIRTIO_NET_F_MAC;
 
 /// Bytes of `virtio_net_hdr_v1` (virtio 1.2, 5.1.6) and the offset of its `num_buffers`.
 const HEADER_SIZE: usize = 12;
@@ -71,16 +72,37 @@ pub enum NetError {
     Mtu(u16),
 }
 
-/// A network interface of a VM.
+/// Why a network slot cannot be filled or emptied.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// There is a wire in it already.
+    #[error("Network slot {0} is in use")]
+    Occupied(u32),
+    /// There is none.
+    #[error("Network slot {0} is empty")]
+    Empty(u32),
+    /// The wire cannot be used.
+    #[error("Cannot use the tap for network slot {0}")]
+    Wire(u32, #[source] NetError),
+}
+
+/// A network slot of a VM: an interface when there is a wire in it, and else nothing that a driver would take.
 #[derive(Debug)]
 pub struct Net {
     name: String,
-    mac: [u8; 6],
-    mtu: u16,
-    tap: Tap,
+    slot: u32,
+    wire: Option<Wire>,
     poller: Epoll,
     wake: EventFd,
     active: Option<Active>,
+}
+
+/// What makes a slot an interface.
+#[derive(Debug)]
+struct Wire {
+    mac: [u8; 6],
+    mtu: u16,
+    tap: Tap,
 }
 
 /// What there is between activation and reset.
@@ -107,20 +129,54 @@ struct Active {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetState {
-    /// Hardware address.
-    pub mac: [u8; 6],
-    /// Largest frame payload in bytes.
-    pub mtu: u16,
+    /// Hardware address and largest frame payload in bytes; none for an empty slot.
+    pub wire: Option<([u8; 6], u16)>,
     /// The queues, empty if the device is not active.
     pub queues: Vec<DeviceQueueState>,
 }
 
 impl Net {
-    /// Interface number `index` on `tap`, which has `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR` and is attached.
+    /// An empty slot.
     ///
     /// # Errors
-    /// See [`NetError`].
-    pub fn new(index: usize, tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+    /// [`NetError::Poller`].
+    pub fn new(slot: u32) -> Result<Self, NetError> {
+        let poller = Epoll::new().map_err(NetError::Poller)?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(NetError::Poller)?;
+        poller
+            .ctl(
+                ControlOperation::Add,
+                wake.as_raw_fd(),
+                EpollEvent::new(EventSet::IN, WAKE),
+            )
+            .map_err(NetError::Poller)?;
+        Ok(Self {
+            name: format!("net{slot}"),
+            slot,
+            wire: None,
+            poller,
+            wake,
+            active: None,
+        })
+    }
+
+    /// Makes the slot an interface on `tap`, which has `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR` and is attached. A
+    /// guest that runs has to look again at this place of the bus.
+    ///
+    /// # Errors
+    /// See [`SlotError`].
+    pub fn attach(&mut self, tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<(), SlotError> {
+        if self.wire.is_some() {
+            return Err(SlotError::Occupied(self.slot));
+        }
+        let wire = self
+            .connect(tap, mac, mtu)
+            .map_err(|error| SlotError::Wire(self.slot, error))?;
+        self.wire = Some(wire);
+        Ok(())
+    }
+
+    fn connect(&self, tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Wire, NetError> {
         if mac[0] & 1 != 0 || mac == [0; 6] {
             return Err(NetError::Address);
         }
@@ -128,26 +184,31 @@ impl Net {
             return Err(NetError::Mtu(mtu));
         }
         let tap = Tap::new(tap).map_err(NetError::Tap)?;
-        let poller = Epoll::new().map_err(NetError::Poller)?;
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(NetError::Poller)?;
         let edges = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        for (fd, events, token) in [
-            (tap.as_raw_fd(), edges, TAP),
-            (wake.as_raw_fd(), EventSet::IN, WAKE),
-        ] {
-            poller
-                .ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
-                .map_err(NetError::Poller)?;
-        }
-        Ok(Self {
-            name: format!("net{index}"),
-            mac,
-            mtu,
-            tap,
-            poller,
-            wake,
-            active: None,
-        })
+        self.poller
+            .ctl(
+                ControlOperation::Add,
+                tap.as_raw_fd(),
+                EpollEvent::new(edges, TAP),
+            )
+            .map_err(NetError::Poller)?;
+        Ok(Wire { mac, mtu, tap })
+    }
+
+    /// Empties the slot and closes its tap. A driver that still has the device finds it dead.
+    ///
+    /// # Errors
+    /// See [`SlotError`].
+    pub fn detach(&mut self) -> Result<(), SlotError> {
+        let wire = self.wire.take().ok_or(SlotError::Empty(self.slot))?;
+        self.active = None;
+        // Closing alone would leave the watch behind if another process shared the description.
+        let _ = self.poller.ctl(
+            ControlOperation::Delete,
+            wire.tap.as_raw_fd(),
+            EpollEvent::default(),
+        );
+        Ok(())
     }
 
     /// State for a snapshot. Receive buffers that are held go back to the ring; the device thread is
@@ -159,25 +220,24 @@ impl Net {
             queues = vec![active.rx.save(), active.tx.save()];
         }
         NetState {
-            mac: self.mac,
-            mtu: self.mtu,
+            wire: self.wire.as_ref().map(|wire| (wire.mac, wire.mtu)),
             queues,
         }
     }
 
     /// The tap, for tests that put something else in its place.
     #[cfg(test)]
-    pub(super) fn tap(&mut self) -> &mut Tap {
-        &mut self.tap
+    pub(super) fn tap(&mut self) -> Option<&mut Tap> {
+        self.wire.as_mut().map(|wire| &mut wire.tap)
     }
 
     fn serve(&mut self) -> Result<(), DeviceError> {
-        let Some(active) = &mut self.active else {
+        let (Some(active), Some(wire)) = (&mut self.active, &self.wire) else {
             return Ok(());
         };
-        let mut result = active.transmit(&self.tap);
+        let mut result = active.transmit(&wire.tap);
         if result.is_ok() {
-            result = active.receive(&self.tap);
+            result = active.receive(&wire.tap);
         }
         match result {
             Ok(done) => {
@@ -342,7 +402,11 @@ impl VirtioDevice for Net {
     }
 
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        if self.wire.is_some() {
+            DEVICE_TYPE
+        } else {
+            NO_DEVICE
+        }
     }
 
     fn features(&self) -> u64 {
@@ -353,16 +417,16 @@ impl VirtioDevice for Net {
         &QUEUE_SIZES
     }
 
-    /// `virtio_net_config` (virtio 1.2, 5.1.4): `mac`; `status` and `max_virtqueue_pairs`, which mean
-    /// nothing without their features; `mtu`.
+    /// `virtio_net_config` (virtio 1.2, 5.1.4): `mac`; what follows means nothing without its features.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.mac);
-        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        config::read(&config, offset, data);
+        let mac = self.wire.as_ref().map_or([0; 6], |wire| wire.mac);
+        config::read(&mac, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let Some(wire) = &self.wire else {
+            return Err(DeviceError::Protocol("there is no device in this slot"));
+        };
         let features = activation.features;
         let has = |feature: u32| features & (1 << feature) != 0;
         // The TSO features need the checksum one (virtio 1.2, 5.1.3.1), and so does the tap.
@@ -373,13 +437,13 @@ impl VirtioDevice for Net {
             .into_iter()
             .filter_map(|(on, flag)| on.then_some(flag))
             .sum();
-        self.tap
+        wire.tap
             .configure(offloads, HEADER_SIZE)
             .map_err(DeviceError::Backend)?;
         let payload = if tso4 || tso6 {
             MAX_SEGMENT
         } else {
-            usize::from(self.mtu)
+            usize::from(wire.mtu)
         };
         let queues = DeviceQueue::from_activation(activation);
         let Ok([rx, tx]) = <[DeviceQueue; 2]>::try_from(queues) else {

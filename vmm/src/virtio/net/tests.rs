@@ -47,8 +47,9 @@ impl Guest {
         let kind = SockType::SeqPacket;
         let (near, far) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_NONBLOCK).unwrap();
         setsockopt(&near, sockopt::SndBuf, &(1 << 20)).unwrap();
-        let mut net = Net::new(0, far, MAC, 1500).unwrap();
-        net.tap().plain = true;
+        let mut net = Net::new(0).unwrap();
+        net.attach(far, MAC, 1500).unwrap();
+        net.tap().unwrap().plain = true;
         let memory = test_queue::memory();
         let mut guest = Self {
             rx: TestQueue::new(&memory, 0, 256),
@@ -121,39 +122,79 @@ fn frame(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_configuration_space_holds_address_and_mtu() {
+fn the_configuration_space_holds_the_address() {
     let guest = Guest::new(0);
     let mut config = [0xff; 14];
     guest.net.read_config(0, &mut config);
     assert_eq!(config[..6], MAC);
-    assert_eq!(config[6..10], [0; 4]);
-    assert_eq!(config[10..], [0xdc, 0x05, 0, 0]);
+    assert_eq!(config[6..], [0; 8]);
     assert_eq!((guest.net.name(), guest.net.device_type()), ("net0", 1));
 }
 
 #[test]
 fn addresses_and_mtus_are_checked() {
     let null = || -> OwnedFd { std::fs::File::open("/dev/null").unwrap().into() };
-    assert!(matches!(
-        Net::new(0, null(), [1, 0, 0, 0, 0, 1], 1500),
-        Err(NetError::Address)
-    ));
-    assert!(matches!(
-        Net::new(0, null(), [0; 6], 1500),
-        Err(NetError::Address)
-    ));
-    assert!(matches!(Net::new(0, null(), MAC, 67), Err(NetError::Mtu(67))));
-    assert!(matches!(Net::new(0, null(), MAC, 1500), Err(NetError::Poller(_))));
+    let attach = |mac, mtu| match Net::new(3).unwrap().attach(null(), mac, mtu) {
+        Err(SlotError::Wire(3, error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(attach([1, 0, 0, 0, 0, 1], 1500), NetError::Address));
+    assert!(matches!(attach([0; 6], 1500), NetError::Address));
+    assert!(matches!(attach(MAC, 67), NetError::Mtu(67)));
+    assert!(matches!(attach(MAC, 1500), NetError::Poller(_)));
 }
 
 #[test]
 fn what_is_not_a_tap_cannot_be_activated() {
     let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut net = Net::new(0, near.into(), MAC, 1500).unwrap();
+    let mut net = Net::new(0).unwrap();
+    net.attach(near.into(), MAC, 1500).unwrap();
     let memory = test_queue::memory();
     let queue = TestQueue::new(&memory, 0, 8);
     let activation = test_queue::activation(&memory, &[&queue, &queue], 0);
     assert!(matches!(net.activate(activation), Err(DeviceError::Backend(_))));
+}
+
+#[test]
+fn an_empty_slot_is_no_device() {
+    let mut net = Net::new(1).unwrap();
+    assert_eq!(net.device_type(), 0);
+    let memory = test_queue::memory();
+    let queue = TestQueue::new(&memory, 0, 8);
+    let activation = test_queue::activation(&memory, &[&queue, &queue], 0);
+    assert!(matches!(net.activate(activation), Err(DeviceError::Protocol(_))));
+    net.process_queue(RX).unwrap();
+    net.process_event().unwrap();
+    assert!(matches!(net.detach(), Err(SlotError::Empty(1))));
+    assert_eq!(net.save().wire, None);
+}
+
+#[test]
+fn a_slot_is_used_again() {
+    let mut guest = Guest::new(MERGEABLE);
+    guest.give(4, 2048);
+    let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    assert!(matches!(
+        guest.net.attach(far.into(), MAC, 1500),
+        Err(SlotError::Occupied(0))
+    ));
+    guest.net.detach().unwrap();
+    // The tap is closed, and a driver that has not noticed finds nothing.
+    assert_eq!(guest.net.device_type(), 0);
+    assert!(guest.wire.write(&frame(100)).is_err());
+    guest.net.process_queue(RX).unwrap();
+    assert_eq!(guest.rx.take_used(), []);
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let other = [2, 0, 0, 0, 0, 9];
+    guest.net.attach(far.into(), other, 9000).unwrap();
+    assert_eq!(
+        (guest.net.device_type(), guest.net.save().wire),
+        (1, Some((other, 9000)))
+    );
+    // Only a driver that starts anew gets frames.
+    guest.net.process_queue(RX).unwrap();
+    assert!(guest.net.save().queues.is_empty());
+    drop(near);
 }
 
 #[test]
@@ -289,7 +330,7 @@ fn saving_gives_held_buffers_back() {
     assert_eq!(guest.wire.write(&frame(100)).unwrap(), 100);
     guest.run();
     let state = guest.net.save();
-    assert_eq!((state.mac, state.mtu), (MAC, 1500));
+    assert_eq!(state.wire, Some((MAC, 1500)));
     assert_eq!(
         (state.queues[RX].next_available, state.queues[RX].next_used),
         (1, 1)

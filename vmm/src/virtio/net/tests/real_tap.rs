@@ -102,11 +102,13 @@ fn frames_and_segments_pass_a_real_tap() {
     let handle = tap.try_clone().unwrap();
     let features = LARGE | RING_FEATURES | 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
     let memory = test_queue::memory();
+    let mut net = Net::new(0).unwrap();
+    net.attach(tap.into(), MAC, 1500).unwrap();
     let mut guest = Guest {
         rx: TestQueue::new(&memory, 0, 256),
         tx: TestQueue::new(&memory, 1, 256),
         memory,
-        net: Net::new(0, tap.into(), MAC, 1500).unwrap(),
+        net,
         wire: socket.try_clone().unwrap(),
     };
     let activation = test_queue::activation(&guest.memory, &[&guest.rx, &guest.tx], features);

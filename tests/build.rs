@@ -1,0 +1,21 @@
+//! Generates the messages of the Container Runtime Interface from `proto/cri.proto`.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto/cri.proto");
+    let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
+    ttrpc_codegen::Codegen::new()
+        .inputs(["proto/cri.proto"])
+        .include("proto")
+        .out_dir(&out)
+        .rust_protobuf()
+        .run()?;
+    // The generated file begins with inner attributes and comments, which `include!` does not take.
+    let path = out.join("cri.rs");
+    let text = std::fs::read_to_string(&path)?;
+    let body: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("#![") && !line.starts_with("//!"))
+        .collect();
+    std::fs::write(&path, body.join("\n"))?;
+    Ok(())
+}

@@ -1,0 +1,792 @@
+//! A pod as a kubelet makes it: `RunPodSandbox`, containers, and at the end everything stopped and removed.
+//!
+//! ```no_run
+//! # let test: bulkhead_tests::Fixture = panic!();
+//! let pod = test.pod("web").with(|config| config.hostname = "web-0".into()).run();
+//! let main = pod.container("main", &["sleep", "1000"]).start();
+//! assert_eq!(main.sh("hostname").text(), "web-0\n");
+//! ```
+
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::config::config;
+use crate::cri::api::*;
+use crate::cri::{self, Client};
+use crate::fixture::{Fixture, wait_until};
+use crate::grpc::Status;
+use crate::image::PROBE_IMAGE;
+use crate::log;
+
+/// The cgroup that the pods' own are made in, as kubelet's `kubepods`.
+pub const CGROUP: &str = "/bulkhead-tests-pods";
+
+/// A pod in the making.
+#[derive(Debug)]
+pub struct PodBuilder<'a> {
+    test: &'a Fixture,
+    handler: String,
+    /// What `RunPodSandbox` is given.
+    pub config: PodSandboxConfig,
+}
+
+impl<'a> PodBuilder<'a> {
+    pub(crate) fn new(test: &'a Fixture, suffix: &str) -> Self {
+        let name = test.id(suffix);
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                uid: format!("uid-{name}"),
+                namespace: "default".into(),
+                name: name.clone(),
+                ..Default::default()
+            })
+            .into(),
+            hostname: name.clone(),
+            log_directory: test.work.join("logs").join(&name).display().to_string(),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("{CGROUP}/{name}"),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(NamespaceOption {
+                        pid: NamespaceMode::CONTAINER.into(),
+                        ..Default::default()
+                    })
+                    .into(),
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        Self {
+            test,
+            handler: crate::config().handler.clone(),
+            config,
+        }
+    }
+
+    /// Changes what `RunPodSandbox` is given.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut PodSandboxConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Changes the part for Linux.
+    #[must_use]
+    pub fn linux(self, change: impl FnOnce(&mut LinuxPodSandboxConfig)) -> Self {
+        self.with(|config| change(config.linux.mut_or_insert_default()))
+    }
+
+    /// Changes the namespaces' modes; they are what kubelet asks for when a pod says nothing.
+    #[must_use]
+    pub fn namespaces(self, change: impl FnOnce(&mut NamespaceOption)) -> Self {
+        self.linux(|linux| {
+            let security = linux.security_context.mut_or_insert_default();
+            change(security.namespace_options.mut_or_insert_default());
+        })
+    }
+
+    /// Another runtime handler than the one under test.
+    #[must_use]
+    pub fn handler(mut self, handler: &str) -> Self {
+        handler.clone_into(&mut self.handler);
+        self
+    }
+
+    /// Runs the pod.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn run(self) -> Pod<'a> {
+        let name = self.config.hostname.clone();
+        match self.try_run() {
+            Ok(pod) => pod,
+            Err(status) => panic!("RunPodSandbox of {name}: {status}"),
+        }
+    }
+
+    /// Runs the pod, or says why it is refused.
+    ///
+    /// # Errors
+    /// The refusal.
+    ///
+    /// # Panics
+    /// If the pod's cgroup or log directory cannot be made.
+    pub fn try_run(self) -> Result<Pod<'a>, Status> {
+        let directory = PodDirectory::new(&self.config);
+        let client = self.test.cri();
+        let request = RunPodSandboxRequest {
+            config: Some(self.config.clone()).into(),
+            runtime_handler: self.handler,
+            ..Default::default()
+        };
+        let answer = client.run_pod_sandbox(&request)?;
+        Ok(Pod {
+            test: self.test,
+            client,
+            id: answer.pod_sandbox_id,
+            config: self.config,
+            removed: AtomicBool::new(false),
+            directory,
+        })
+    }
+}
+
+/// What a kubelet makes before the pod and removes after it: the cgroup and the directory of logs.
+#[derive(Debug)]
+struct PodDirectory {
+    cgroup: Option<PathBuf>,
+}
+
+impl PodDirectory {
+    fn new(config: &PodSandboxConfig) -> Self {
+        fs::create_dir_all(&config.log_directory).expect("a directory");
+        let parent = config.linux.cgroup_parent.trim_start_matches('/');
+        let cgroup = (!parent.is_empty()).then(|| PathBuf::from("/sys/fs/cgroup").join(parent));
+        if let Some(cgroup) = &cgroup {
+            fs::create_dir_all(cgroup).expect("a cgroup");
+            let root = PathBuf::from("/sys/fs/cgroup").join(CGROUP.trim_start_matches('/'));
+            // A failure shows in the tests that look at limits.
+            let _ = fs::write(
+                root.join("cgroup.subtree_control"),
+                "+cpu +memory +pids +cpuset +io",
+            );
+        }
+        Self { cgroup }
+    }
+}
+
+impl Drop for PodDirectory {
+    fn drop(&mut self) {
+        if let Some(cgroup) = &self.cgroup {
+            // Processes that have just ended are in it for a moment. What stays is found by the check for leaks.
+            let _ = wait_until(config().seconds(5), || fs::remove_dir(cgroup).is_ok());
+        }
+    }
+}
+
+/// A running pod. It is stopped and removed when it is dropped.
+#[derive(Debug)]
+pub struct Pod<'a> {
+    test: &'a Fixture,
+    client: Client,
+    /// The sandbox's id.
+    pub id: String,
+    /// What it was made from.
+    pub config: PodSandboxConfig,
+    removed: AtomicBool,
+    // Dropped last.
+    #[allow(dead_code)]
+    directory: PodDirectory,
+}
+
+impl Pod<'_> {
+    /// A container of the busybox image.
+    #[must_use]
+    pub fn container(&self, name: &str, command: &[&str]) -> ContainerBuilder<'_> {
+        self.container_of(&self.test.containerd.busybox, name, command)
+    }
+
+    /// A container of the probe image, with the probe's arguments.
+    #[must_use]
+    pub fn probe(&self, name: &str, arguments: &[&str]) -> ContainerBuilder<'_> {
+        self.container_of(PROBE_IMAGE, name, &[&["/probe"], arguments].concat())
+    }
+
+    /// A container of an image. Without a command it runs the image's.
+    #[must_use]
+    pub fn container_of(&self, image: &str, name: &str, command: &[&str]) -> ContainerBuilder<'_> {
+        let mut security = LinuxContainerSecurityContext::default();
+        security.namespace_options = self.config.linux.security_context.namespace_options.clone();
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: name.to_owned(),
+                ..Default::default()
+            })
+            .into(),
+            image: Some(cri::image(image)).into(),
+            command: command.iter().map(ToString::to_string).collect(),
+            log_path: format!("{name}.log"),
+            linux: Some(LinuxContainerConfig {
+                resources: Some(LinuxContainerResources::default()).into(),
+                security_context: Some(security).into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        ContainerBuilder { pod: self, config }
+    }
+
+    /// State of the pod.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    #[must_use]
+    pub fn status(&self) -> PodSandboxStatus {
+        let answer = self.verbose_status();
+        answer.status.unwrap_or_default()
+    }
+
+    /// State of the pod with what the runtime adds.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    #[must_use]
+    pub fn verbose_status(&self) -> PodSandboxStatusResponse {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+            ..Default::default()
+        };
+        self.client
+            .pod_sandbox_status(&request)
+            .unwrap_or_else(|status| panic!("PodSandboxStatus: {status}"))
+    }
+
+    /// Whether the pod is ready.
+    #[track_caller]
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.status().state == PodSandboxState::SANDBOX_READY.into()
+    }
+
+    /// The pod's address.
+    #[track_caller]
+    #[must_use]
+    pub fn ip(&self) -> String {
+        self.status().network.ip.clone()
+    }
+
+    /// Process id of the pod's shim.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    #[must_use]
+    pub fn shim(&self) -> i32 {
+        let all = crate::host::processes();
+        let shim = all.iter().find(|process| {
+            process.command.contains("containerd-shim-kata-v2") && process.command.contains(&self.id)
+        });
+        shim.unwrap_or_else(|| panic!("no shim of {} in {all:?}", self.id))
+            .pid
+    }
+
+    /// Figures of the pod.
+    ///
+    /// # Panics
+    /// If there are none.
+    #[track_caller]
+    #[must_use]
+    pub fn stats(&self) -> LinuxPodSandboxStats {
+        let request = PodSandboxStatsRequest {
+            pod_sandbox_id: self.id.clone(),
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .pod_sandbox_stats(&request)
+            .unwrap_or_else(|status| panic!("PodSandboxStats: {status}"));
+        answer.stats.linux.clone().unwrap_or_default()
+    }
+
+    /// The pod's containers as CRI lists them.
+    ///
+    /// # Panics
+    /// If the call fails.
+    #[track_caller]
+    #[must_use]
+    pub fn containers(&self) -> Vec<api_container::Container> {
+        let request = ListContainersRequest {
+            filter: Some(ContainerFilter {
+                pod_sandbox_id: self.id.clone(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let answer = self.client.list_containers(&request);
+        answer
+            .unwrap_or_else(|status| panic!("ListContainers: {status}"))
+            .containers
+    }
+
+    /// Ends the pod with all its containers; it can be called again.
+    ///
+    /// # Errors
+    /// The runtime's refusal.
+    pub fn stop(&self) -> Result<(), Status> {
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+            ..Default::default()
+        };
+        self.client.stop_pod_sandbox(&request).map(drop)
+    }
+
+    /// Removes the pod with all its containers.
+    ///
+    /// # Errors
+    /// The runtime's refusal.
+    pub fn remove(&self) -> Result<(), Status> {
+        let request = RemovePodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+            ..Default::default()
+        };
+        self.client.remove_pod_sandbox(&request)?;
+        self.removed.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Drop for Pod<'_> {
+    fn drop(&mut self) {
+        if self.removed.load(Ordering::Relaxed) {
+            return;
+        }
+        let done = self.stop().and_then(|()| self.remove());
+        match done {
+            Err(status) if !thread::panicking() => panic!("the pod cannot be removed: {status}"),
+            Err(status) => eprintln!("the pod cannot be removed: {status}"),
+            Ok(()) => {}
+        }
+    }
+}
+
+/// Removes every pod that is still there, as after a failed test; their names.
+pub(crate) fn left(client: &Client) -> Vec<String> {
+    let Ok(pods) = client.list_pod_sandbox(&ListPodSandboxRequest::default()) else {
+        return Vec::new();
+    };
+    for pod in &pods.items {
+        let stop = StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+            ..Default::default()
+        };
+        let remove = RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+            ..Default::default()
+        };
+        // What stays is said by the check for leaks of the next test.
+        let _ = client.stop_pod_sandbox(&stop);
+        let _ = client.remove_pod_sandbox(&remove);
+    }
+    pods.items.iter().map(|pod| pod.metadata.name.clone()).collect()
+}
+
+/// `Container` of the interface, apart from the [`Container`] of the tests.
+mod api_container {
+    pub use crate::cri::api::Container;
+}
+
+/// A container in the making.
+#[derive(Debug)]
+pub struct ContainerBuilder<'a> {
+    pod: &'a Pod<'a>,
+    /// What `CreateContainer` is given.
+    pub config: ContainerConfig,
+}
+
+impl<'a> ContainerBuilder<'a> {
+    /// Changes what `CreateContainer` is given.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut ContainerConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Changes the security context.
+    #[must_use]
+    pub fn security(self, change: impl FnOnce(&mut LinuxContainerSecurityContext)) -> Self {
+        self.with(|config| {
+            let linux = config.linux.mut_or_insert_default();
+            change(linux.security_context.mut_or_insert_default());
+        })
+    }
+
+    /// Changes limits.
+    #[must_use]
+    pub fn resources(self, change: impl FnOnce(&mut LinuxContainerResources)) -> Self {
+        self.with(|config| {
+            let linux = config.linux.mut_or_insert_default();
+            change(linux.resources.mut_or_insert_default());
+        })
+    }
+
+    /// Adds a mount.
+    #[must_use]
+    pub fn mount(self, mount: Mount) -> Self {
+        self.with(|config| config.mounts.push(mount))
+    }
+
+    /// The number of the attempt: a container that is started anew has the same name and a higher one.
+    #[must_use]
+    pub fn attempt(self, attempt: u32) -> Self {
+        self.with(|config| {
+            config.metadata.mut_or_insert_default().attempt = attempt;
+            config.log_path = format!("{}.{attempt}.log", config.metadata.name);
+        })
+    }
+
+    /// Creates the container, or says why it is refused.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn try_create(self) -> Result<Container<'a>, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.pod.id.clone(),
+            config: Some(self.config.clone()).into(),
+            sandbox_config: Some(self.pod.config.clone()).into(),
+            ..Default::default()
+        };
+        let answer = self.pod.client.create_container(&request)?;
+        Ok(Container {
+            pod: self.pod,
+            id: answer.container_id,
+            config: self.config,
+        })
+    }
+
+    /// Creates the container.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn create(self) -> Container<'a> {
+        let name = self.config.metadata.name.clone();
+        self.try_create()
+            .unwrap_or_else(|status| panic!("CreateContainer of {name}: {status}"))
+    }
+
+    /// Creates and starts the container.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn start(self) -> Container<'a> {
+        let container = self.create();
+        container.start();
+        container
+    }
+
+    /// Creates and starts the container, or says why it is refused. After a refusal nothing of it is left.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn try_start(self) -> Result<Container<'a>, Status> {
+        let container = self.try_create()?;
+        match container.try_start() {
+            Ok(()) => Ok(container),
+            Err(status) => {
+                container.remove();
+                Err(status)
+            }
+        }
+    }
+
+    /// Runs the container to its end and removes it; its exit code and what it wrote.
+    #[track_caller]
+    #[must_use]
+    pub fn finish(self) -> Exec {
+        let container = self.start();
+        let status = container.wait();
+        let lines = container.log();
+        let of = |stream: &str| {
+            let lines = lines.iter().filter(|line| line.stream == stream);
+            lines
+                .map(|line| format!("{}{}", line.text, if line.full { "\n" } else { "" }))
+                .collect()
+        };
+        let exec = Exec {
+            label: format!("{:?}", container.config.command),
+            stdout: of("stdout"),
+            stderr: of("stderr"),
+            code: status.exit_code,
+        };
+        container.remove();
+        exec
+    }
+}
+
+/// A container of a pod. It goes with its pod.
+#[derive(Debug)]
+pub struct Container<'a> {
+    pod: &'a Pod<'a>,
+    /// Its id.
+    pub id: String,
+    /// What it was made from.
+    pub config: ContainerConfig,
+}
+
+impl Container<'_> {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    pub fn start(&self) {
+        self.try_start()
+            .unwrap_or_else(|status| panic!("StartContainer of {}: {status}", self.config.metadata.name));
+    }
+
+    /// Starts it, or says why it is refused.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn try_start(&self) -> Result<(), Status> {
+        let request = StartContainerRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        self.pod.client.start_container(&request).map(drop)
+    }
+
+    /// Its state.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[track_caller]
+    #[must_use]
+    pub fn status(&self) -> ContainerStatus {
+        let request = ContainerStatusRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        let answer = self.pod.client.container_status(&request);
+        answer
+            .unwrap_or_else(|status| panic!("ContainerStatus: {status}"))
+            .status
+            .unwrap_or_default()
+    }
+
+    /// Whether it runs.
+    #[track_caller]
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.status().state == ContainerState::CONTAINER_RUNNING.into()
+    }
+
+    /// Waits until it has ended; its state then.
+    ///
+    /// # Panics
+    /// If it does not end within a minute.
+    #[track_caller]
+    #[must_use]
+    pub fn wait(&self) -> ContainerStatus {
+        let mut status = ContainerStatus::default();
+        let ended = wait_until(config().seconds(60), || {
+            status = self.status();
+            status.state == ContainerState::CONTAINER_EXITED.into()
+        });
+        assert!(ended, "the container does not end: {status:?}");
+        status
+    }
+
+    /// Runs a command in it to its end.
+    ///
+    /// # Panics
+    /// If it cannot be run.
+    #[track_caller]
+    #[must_use]
+    pub fn exec(&self, command: &[&str]) -> Exec {
+        self.try_exec(command, Duration::ZERO)
+            .unwrap_or_else(|status| panic!("ExecSync {command:?}: {status}"))
+    }
+
+    /// Runs a script in it to its end.
+    #[track_caller]
+    #[must_use]
+    pub fn sh(&self, script: &str) -> Exec {
+        self.exec(&["/bin/sh", "-c", script])
+    }
+
+    /// Runs a command, killed after `timeout` unless that is zero.
+    ///
+    /// # Errors
+    /// The runtime's refusal.
+    pub fn try_exec(&self, command: &[&str], timeout: Duration) -> Result<Exec, Status> {
+        let request = ExecSyncRequest {
+            container_id: self.id.clone(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            timeout: i64::try_from(timeout.as_secs()).expect("a short time"),
+            ..Default::default()
+        };
+        let limit = config().seconds(60) + timeout;
+        let answer = self.pod.client.exec_sync_within(&request, limit)?;
+        Ok(Exec {
+            label: format!("{command:?}"),
+            stdout: String::from_utf8_lossy(&answer.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&answer.stderr).into_owned(),
+            code: answer.exit_code,
+        })
+    }
+
+    /// What the probe reports from inside, as JSON; the image must be the probe's.
+    #[track_caller]
+    #[must_use]
+    pub fn report(&self) -> serde_json::Value {
+        self.exec(&["/probe", "report"]).json()
+    }
+
+    /// Figures of the container.
+    ///
+    /// # Panics
+    /// If there are none.
+    #[track_caller]
+    #[must_use]
+    pub fn stats(&self) -> ContainerStats {
+        let request = ContainerStatsRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        let answer = self.pod.client.container_stats(&request);
+        answer
+            .unwrap_or_else(|status| panic!("ContainerStats: {status}"))
+            .stats
+            .unwrap_or_default()
+    }
+
+    /// Changes its limits.
+    ///
+    /// # Errors
+    /// The runtime's refusal.
+    pub fn update(&self, resources: LinuxContainerResources) -> Result<(), Status> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: self.id.clone(),
+            linux: Some(resources).into(),
+            ..Default::default()
+        };
+        self.pod.client.update_container_resources(&request).map(drop)
+    }
+
+    /// Path of its log on the host.
+    #[must_use]
+    pub fn log_file(&self) -> PathBuf {
+        PathBuf::from(&self.pod.config.log_directory).join(&self.config.log_path)
+    }
+
+    /// Lines of its log.
+    ///
+    /// # Panics
+    /// If a line is not of CRI's form.
+    #[track_caller]
+    #[must_use]
+    pub fn log(&self) -> Vec<log::Line> {
+        log::parse(&fs::read_to_string(self.log_file()).unwrap_or_default())
+    }
+
+    /// Waits until a line of the log contains `text`.
+    ///
+    /// # Panics
+    /// If it does not come.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str) {
+        let seen = wait_until(config().seconds(20), || {
+            fs::read_to_string(self.log_file()).is_ok_and(|log| log.contains(text))
+        });
+        assert!(
+            seen,
+            "{text:?} is not in {:?}",
+            fs::read_to_string(self.log_file())
+        );
+    }
+
+    /// Begins a new log file.
+    ///
+    /// # Errors
+    /// The runtime's refusal.
+    pub fn reopen_log(&self) -> Result<(), Status> {
+        let request = ReopenContainerLogRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        self.pod.client.reopen_container_log(&request).map(drop)
+    }
+
+    /// Sends the stop signal and, `seconds` later, SIGKILL; returns when it has ended.
+    ///
+    /// # Panics
+    /// If the call fails.
+    #[track_caller]
+    pub fn stop(&self, seconds: i64) {
+        let request = StopContainerRequest {
+            container_id: self.id.clone(),
+            timeout: seconds,
+            ..Default::default()
+        };
+        let answer = self.pod.client.stop_container(&request);
+        answer.unwrap_or_else(|status| panic!("StopContainer: {status}"));
+    }
+
+    /// Removes it; one that runs is killed.
+    ///
+    /// # Panics
+    /// If the call fails.
+    #[track_caller]
+    pub fn remove(&self) {
+        let request = RemoveContainerRequest {
+            container_id: self.id.clone(),
+            ..Default::default()
+        };
+        let answer = self.pod.client.remove_container(&request);
+        answer.unwrap_or_else(|status| panic!("RemoveContainer: {status}"));
+    }
+}
+
+/// A command that was run in a container to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exec {
+    label: String,
+    /// What it wrote.
+    pub stdout: String,
+    /// What it wrote as errors.
+    pub stderr: String,
+    /// Its exit code.
+    pub code: i32,
+}
+
+impl Exec {
+    /// Its output, if it succeeded.
+    ///
+    /// # Panics
+    /// If it did not.
+    #[track_caller]
+    #[must_use]
+    pub fn text(self) -> String {
+        assert_eq!(self.code, 0, "{self}");
+        self.stdout
+    }
+
+    /// Its output as JSON, if it succeeded.
+    ///
+    /// # Panics
+    /// If it did not, or it is not JSON.
+    #[track_caller]
+    #[must_use]
+    pub fn json(self) -> serde_json::Value {
+        let text = self.text();
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+}
+
+impl fmt::Display for Exec {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "[exit {}] {}\n--- stdout\n{}\n--- stderr\n{}",
+            self.code, self.label, self.stdout, self.stderr
+        )
+    }
+}

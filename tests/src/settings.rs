@@ -1,0 +1,166 @@
+//! containerd's configuration, and what CRI needs beside it: the pods' network.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::config::config;
+use crate::image::PAUSE_IMAGE;
+use crate::session::Session;
+
+/// The bridge that the pods are on. It is made before the first one, so that it is not what a test leaves behind.
+pub const BRIDGE: &str = "bulkhead-pods";
+/// The pods' IPv4 network; the bridge has the first address.
+pub const NETWORK: &str = "10.251.0.0/16";
+/// The host in the pods' network.
+pub const GATEWAY: &str = "10.251.0.1";
+
+/// For the suite that uses `ctr`: no CRI.
+pub fn tasks(directory: &Path, version: &str) -> String {
+    let mut text = format!(
+        "version = 2\n\
+         disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \
+         \"io.containerd.cri.v1.runtime\", \"io.containerd.nri.v1.nri\"]\n{}",
+        common(directory)
+    );
+    if !is_1(version) {
+        text += "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
+    }
+    text
+}
+
+/// For the suite that drives CRI: the handlers `runc`, `kata` and, with containerd 2, `kata-shim`.
+pub fn cri(directory: &Path, version: &str) -> String {
+    let common = common(directory);
+    let (cni, conf) = (config().cni.display(), directory.join("cni"));
+    let conf = conf.display();
+    if is_1(version) {
+        let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
+        let handlers = handlers(plugin, false);
+        return format!(
+            "version = 2\n{common}\
+             [{plugin}]\n  sandbox_image = \"{PAUSE_IMAGE}\"\n  enable_unprivileged_ports = true\n\
+             [{plugin}.cni]\n  bin_dir = \"{cni}\"\n  conf_dir = \"{conf}\"\n\
+             {handlers}"
+        );
+    }
+    let plugin = "plugins.\"io.containerd.cri.v1.runtime\"";
+    let handlers = handlers(plugin, true);
+    format!(
+        "version = 3\n{common}\
+         [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n\
+         [plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{PAUSE_IMAGE}\"\n\
+         [{plugin}.cni]\n  bin_dirs = [\"{cni}\"]\n  conf_dir = \"{conf}\"\n\
+         {handlers}"
+    )
+}
+
+fn is_1(version: &str) -> bool {
+    version.starts_with("1.")
+}
+
+fn common(directory: &Path) -> String {
+    let directory = directory.display();
+    format!(
+        r#"root = "{directory}/root"
+state = "{directory}/state"
+[grpc]
+  address = "{directory}/containerd.sock"
+[ttrpc]
+  address = "{directory}/containerd.sock.ttrpc"
+[debug]
+  level = "debug"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "{directory}/blockfile"
+  scratch_file = "{directory}/scratch.ext4"
+  fs_type = "ext4"
+  mount_options = ["loop"]
+"#
+    )
+}
+
+fn handlers(plugin: &str, sandboxers: bool) -> String {
+    let runtimes = format!("{plugin}.containerd.runtimes");
+    let kata = |name: &str, more: &str| {
+        format!(
+            "[{runtimes}.{name}]\n  runtime_type = \"io.containerd.kata.v2\"\n  \
+             privileged_without_host_devices = true\n  pod_annotations = [\"io.katacontainers.*\"]\n  \
+             container_annotations = [\"io.katacontainers.*\"]\n{more}"
+        )
+    };
+    let mut text = format!(
+        "[{plugin}.containerd]\n  default_runtime_name = \"runc\"\n\
+         [{runtimes}.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n{}",
+        kata("kata", "")
+    );
+    if sandboxers {
+        text += &kata("kata-shim", "  sandboxer = \"shim\"\n");
+    }
+    text
+}
+
+/// Writes the network's configuration, makes the bridge, and makes directories that stay once they are there.
+///
+/// # Panics
+/// If the bridge cannot be made.
+pub fn prepare_cri(directory: &Path) {
+    let cni = directory.join("cni");
+    for made in ["root", "state"] {
+        for kind in ["sandboxes", "containers"] {
+            let path = directory.join(made).join("io.containerd.grpc.v1.cri").join(kind);
+            fs::create_dir_all(path).expect("a directory");
+        }
+    }
+    for path in [
+        &cni,
+        &directory.join("logs"),
+        Path::new("/var/lib/cni/results"),
+        Path::new("/run/netns"),
+    ] {
+        fs::create_dir_all(path).expect("a directory");
+    }
+    let network = serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "pods",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": BRIDGE,
+                "isGateway": true,
+                "ipMasq": false,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": directory.join("ipam"),
+                    "ranges": [[{"subnet": NETWORK}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    });
+    fs::write(cni.join("10-pods.conflist"), network.to_string()).expect("a file");
+    remove_bridge();
+    ip(&["link", "add", BRIDGE, "type", "bridge"]);
+    ip(&["address", "add", &format!("{GATEWAY}/16"), "dev", BRIDGE]);
+    ip(&["link", "set", BRIDGE, "up"]);
+}
+
+/// Takes the bridge away, if it is there.
+pub fn remove_bridge() {
+    if Path::new("/sys/class/net").join(BRIDGE).exists() {
+        ip(&["link", "delete", BRIDGE]);
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let mut command = Command::new("ip");
+    command.args(arguments);
+    let _ = Session::start(command, config().seconds(10))
+        .finish()
+        .expect_code(0);
+}
