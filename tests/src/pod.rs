@@ -204,8 +204,10 @@ impl Pod<'_> {
     /// A container of an image. Without a command it runs the image's.
     #[must_use]
     pub fn container_of(&self, image: &str, name: &str, command: &[&str]) -> ContainerBuilder<'_> {
-        let mut security = LinuxContainerSecurityContext::default();
-        security.namespace_options = self.config.linux.security_context.namespace_options.clone();
+        let security = LinuxContainerSecurityContext {
+            namespace_options: self.config.linux.security_context.namespace_options.clone(),
+            ..LinuxContainerSecurityContext::default()
+        };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: name.to_owned(),
