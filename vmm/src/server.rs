@@ -100,6 +100,8 @@ struct Server<'a> {
     /// Watches everything of the devices, so that a pause takes one call.
     device_poll: Epoll,
     paused: bool,
+    /// Added memory the sandbox was told of.
+    memory_mib: u32,
 }
 
 impl<'a> Server<'a> {
@@ -123,6 +125,7 @@ impl<'a> Server<'a> {
             poll,
             device_poll,
             paused: false,
+            memory_mib: 0,
         })
     }
 
@@ -152,7 +155,20 @@ impl<'a> Server<'a> {
                 }
             }
             self.send_vsock_events()?;
+            self.send_memory_size()?;
         }
+    }
+
+    /// Tells of memory that the guest has taken or given back.
+    fn send_memory_size(&mut self) -> Result<(), ServerError> {
+        let Some(hotplug) = &self.machine.hotplug else {
+            return Ok(());
+        };
+        let mib = (lock(&hotplug.device).plugged() >> 20) as u32;
+        if std::mem::replace(&mut self.memory_mib, mib) == mib {
+            return Ok(());
+        }
+        send(self.channel, &VmmMessage::Event(Event::MemorySize { mib }))
     }
 
     fn run_devices(&mut self) -> Result<(), ServerError> {
@@ -257,6 +273,12 @@ impl<'a> Server<'a> {
             Request::SetBalloon { mib } => {
                 let balloon = self.machine.balloon.as_ref().ok_or("The VM has no balloon")?;
                 lock(balloon).set_target_mib(mib).map_err(|error| text(&error))?;
+            }
+            Request::AddVcpus { count } => {
+                self.machine.add_vcpus(count).map_err(|error| text(&error))?;
+            }
+            Request::SetMemory { mib } => {
+                self.machine.set_memory(mib).map_err(|error| text(&error))?;
             }
             Request::Inspect => return Ok(Some(Reply::Inspected(self.inspect()))),
         }

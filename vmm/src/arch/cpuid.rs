@@ -20,6 +20,15 @@ fn id_bits(count: u32) -> u32 {
     count.next_power_of_two().trailing_zeros()
 }
 
+/// Width of a physical address (leaf 0x8000_0008); 36 bits, which every 64-bit processor has, if it is not told.
+pub fn address_bits(supported: &CpuId) -> u8 {
+    let mut entries = supported.as_slice().iter();
+    match entries.find(|entry| entry.function == 0x8000_0008) {
+        Some(entry) if (36..=52).contains(&(entry.eax & 0xff)) => entry.eax as u8,
+        _ => 36,
+    }
+}
+
 fn set(register: &mut u32, mask: u32, value: u32) {
     *register = *register & !mask | value & mask;
 }
@@ -128,6 +137,17 @@ mod tests {
         assert_eq!(normalized(1, 0, 0, 1).edx >> 28 & 1, 0);
         assert_eq!(normalized(0xa, 0, 0, 1).eax, 0);
         assert_eq!(normalized(0x8000_0001, 0, 0, 1).ecx & (1 << 2), 0);
+    }
+
+    #[test]
+    fn address_bits_are_those_of_the_host() {
+        let bits = |eax: u32| {
+            let mut entry = leaf(0x8000_0008, 0);
+            entry.eax = eax;
+            address_bits(&CpuId::from_entries(&[leaf(1, 0), entry]).unwrap())
+        };
+        assert_eq!([0x3030, 0x27, 0xff, 0].map(bits), [48, 39, 36, 36]);
+        assert_eq!(address_bits(&CpuId::from_entries(&[]).unwrap()), 36);
     }
 
     #[test]
