@@ -10,8 +10,12 @@ use tokio::sync::Notify;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::container::{Containers, control};
-use crate::error::Error;
-use crate::{network, power, sandbox};
+use crate::container::spec::valid_path;
+use crate::error::{Error, chain};
+use crate::job::Job;
+use crate::storage::SHARED;
+use crate::storage::volumes::{Create, Remove, Version};
+use crate::{network, power, processors, sandbox};
 
 /// Moments of the boot, in microseconds of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
@@ -268,6 +272,23 @@ impl Agent for Service {
     async fn list_processes(
         &self,
         _: &TtrpcContext,
+    async fn set_processors(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SetProcessorsRequest,
+    ) -> ttrpc::Result<proto::SetProcessorsResponse> {
+        // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
+        let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
+        let online = match set.await {
+            Ok(result) => result.map_err(Error::Processors)?,
+            Err(error) => return Err(ttrpc::Error::Others(error.to_string())),
+        };
+        Ok(proto::SetProcessorsResponse {
+            online,
+            ..Default::default()
+        })
+    }
+
         request: proto::ListProcessesRequest,
     ) -> ttrpc::Result<proto::ListProcessesResponse> {
         let processes = self.containers.get(&request.container_id)?.processes()?;
