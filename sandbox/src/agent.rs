@@ -8,7 +8,7 @@ use bulkhead_protocol::agent::{
     self, AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse,
     CreateContainerRequest, Event, EventsRequest, ExecProcessRequest, ForwardRequest, HelloRequest,
     HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest,
-    RemoveContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SetupSandboxRequest,
+    RemoveContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SetProcessorsRequest, SetupSandboxRequest,
     ShutdownRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
 };
 use ttrpc::asynchronous::transport::Socket;
@@ -153,6 +153,8 @@ impl Agent {
         resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
         /// Changes limits.
         update_container, "update of limits", UpdateContainerRequest => agent::UpdateContainerResponse;
+        /// Brings processors on line and off.
+        set_processors, "change of the processors", SetProcessorsRequest => agent::SetProcessorsResponse;
         /// Freezes a container.
         pause_container, "pause", PauseContainerRequest => agent::PauseContainerResponse;
         /// Thaws a container.

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::journal::Journal;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
+use crate::resources::{Demand, Host, Sizing};
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
 use crate::spec::Role;
 use crate::storage::SharedTree;
@@ -28,6 +29,8 @@ mod boot;
 mod lifecycle;
 mod network;
 mod requests;
+mod resize;
+mod volumes;
 
 /// How long the exits of a container's other processes may follow init's.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
@@ -114,6 +117,8 @@ pub struct SandboxOptions {
     pub shm_size: u64,
     /// Files that containers get on `/etc/<name>` unless they have a mount there.
     pub files: HashMap<String, Vec<u8>>,
+    /// What the pod asks for, if that is known: it decides the size the VM starts with.
+    pub demand: Option<Demand>,
     /// `oom_score_adj` of the VMM.
     pub oom_score_adj: i32,
     /// The pod's cgroup; the calling process is in it already.
@@ -236,9 +241,9 @@ impl Record {
     }
 }
 
-#[derive(Default)]
 struct State {
     containers: HashMap<String, Record>,
+    sizing: Sizing,
     slots: Vec<bool>,
     vm: Option<Vm>,
     settle: Option<network::Settle>,
@@ -259,6 +264,8 @@ struct Inner {
     timeline: Timeline,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
+    /// Held while the VM's size changes.
+    applied: tokio::sync::Mutex<resize::Applied>,
     streams: StreamTable,
     /// Absent when the sandbox was refused.
     tree: Option<SharedTree>,
@@ -312,10 +319,14 @@ impl Sandbox {
             sink,
             state: Mutex::new(State {
                 slots: vec![false; slots],
-                ..State::default()
+                vm: None,
+                settle: None,
+                containers: HashMap::new(),
+                sizing: Sizing::new(&options.config, Host::this(), options.demand),
             }),
             streams: StreamTable::default(),
             tree,
+            applied: tokio::sync::Mutex::default(),
             boot: watch::Sender::new(Boot::Pending),
             end: watch::Sender::new(None),
             stopping: AtomicBool::new(false),

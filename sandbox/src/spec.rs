@@ -44,6 +44,9 @@ pub enum SpecError {
     Process(#[source] serde_json::Error),
     /// It cannot be written for the guest.
     #[error("Cannot encode the specification")]
+    /// Resources of an update.
+    #[error("Cannot parse the resources")]
+    Resources(#[source] serde_json::Error),
     Encode(#[source] serde_json::Error),
     /// A field is needed.
     #[error("{0} is missing")]

@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::{
 use bulkhead_protocol::control::{Disk, Fd, Request};
 
 use super::*;
+use super::resize::Resize;
 use crate::spec;
 use crate::storage::{PreparedDisk, PreparedRoot, StorageError, plan_root};
 use crate::streams::Stdio;
@@ -65,6 +66,15 @@ impl Sandbox {
         if role == Role::Container {
             spec::add_mounts(&mut spec, self.0.files.keys().map(String::as_str));
         }
+        {
+            let sizing = &mut self.lock().sizing;
+            sizing.add(&id, Demand::of_container(&spec));
+            if let Some(linux) = spec.linux_mut()
+                && let Some(resources) = linux.resources_mut()
+            {
+                resize::translate(resources, sizing, &id);
+            }
+        }
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
         let plan = plan_root(&root, &root_path)?;
@@ -79,8 +89,15 @@ impl Sandbox {
         });
         let (guest, prepared) = tokio::join!(self.guest(), preparing);
         let (guest, prepared) = (guest?, prepared.map_err(Error::Task)??);
-        let prepared = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
-        let root = self.attach_root(&guest, &id, prepared).await?;
+        let (root, volumes) = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
+        self.adjust(&guest, Resize::Grow).await?;
+        let root = self.attach_root(&guest, &id, root).await?;
+        let mut sources = Vec::new();
+        for volume in &volumes {
+            sources.push(self.provide_volume(&guest, volume).await?);
+        }
+        let block_volumes = std::mem::take(&mut rewritten.block_volumes);
+        let block_devices = self.attach_block_volumes(&guest, &id, block_volumes).await?;
         let (streams, open) = self.0.streams.open(&guest.vm, stdio, None).await?;
         self.with(&id, |record| {
             record.streams.insert(String::new(), open);
@@ -94,7 +111,8 @@ impl Sandbox {
             pid_namespace: pid_namespace_message(pid_namespace).into(),
             ..CreateContainerRequest::default()
         };
-        guest.agent.create_container(&message).await.map(drop)
+        guest.agent.create_container(&message).await?;
+        self.adjust(&guest, Resize::Fit).await
     }
 
     async fn attach_root(
@@ -382,6 +400,7 @@ impl Sandbox {
             }
         }
         for streams in streams {
+        self.shrink(id).await;
             self.unlisten(vm.as_ref(), &streams).await;
         }
         for slot in slots {

@@ -27,6 +27,7 @@ pub(super) struct Actor {
     pub next_id: u64,
     pub events: mpsc::UnboundedSender<VsockEvent>,
     pub exit: Option<Exit>,
+    pub memory: watch::Sender<u32>,
     pub oom_kills_before: u64,
     pub cgroup: Option<Cgroup>,
     pub stderr: Lines,
@@ -110,6 +111,9 @@ impl Actor {
             }
             VmmMessage::Event(Event::VsockConnected { port }) => self.tell(VsockEvent::Connected(port)),
             VmmMessage::Event(Event::VsockClosed { port }) => self.tell(VsockEvent::Closed(port)),
+            VmmMessage::Event(Event::MemorySize { mib }) => {
+                self.memory.send_replace(mib);
+            }
             VmmMessage::Event(Event::Exited(exit)) => self.exit = Some(exit),
         }
     }
