@@ -228,3 +228,40 @@ pub(super) fn translate(resources: &mut LinuxResources, sizing: &Sizing, id: &st
         resources.set_block_io(Some(io));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn what_names_the_host_is_translated() {
+        let config = Configuration {
+            max_vcpus: Some(8),
+            ..Configuration::default()
+        };
+        let host = Host {
+            processors: 8,
+            memory_mib: 8192,
+        };
+        let mut sizing = Sizing::new(&config, host, None);
+        let read = |value: Value| -> LinuxResources { serde_json::from_value(value).unwrap() };
+        let mut resources = read(json!({
+            "cpu": {"shares": 5, "cpus": "4-5", "mems": "1"},
+            "blockIO": {"weight": 20, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]},
+        }));
+        let mut demand = Demand::default();
+        demand.update(&resources);
+        sizing.add("a", demand);
+        translate(&mut resources, &sizing, "a");
+        let expected = read(json!({"cpu": {"shares": 5, "cpus": "0,1"}, "blockIO": {"weight": 20}}));
+        assert_eq!(resources, expected);
+        // An update that says nothing about processors leaves them.
+        let mut update = read(json!({"cpu": {"quota": 7}}));
+        translate(&mut update, &sizing, "a");
+        assert_eq!(update, read(json!({"cpu": {"quota": 7}})));
+    }
+}
