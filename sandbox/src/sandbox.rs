@@ -17,8 +17,8 @@ use crate::error::Error;
 use crate::journal::Journal;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
-use crate::resources::{Demand, Host, Sizing};
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
+use crate::resources::{Demand, Host, Sizing};
 use crate::spec::Role;
 use crate::storage::SharedTree;
 use crate::streams::{ProcessStreams, StreamTable};
@@ -269,6 +269,8 @@ struct Inner {
     streams: StreamTable,
     /// Absent when the sandbox was refused.
     tree: Option<SharedTree>,
+    /// Follows volumes that the host brings up to date; absent until there is one.
+    watch: Mutex<Option<Arc<volumes::Watch>>>,
     boot: watch::Sender<Boot>,
     /// Set when the VM has ended or will never be.
     end: watch::Sender<Option<Exit>>,
@@ -318,15 +320,16 @@ impl Sandbox {
             timeline: options.timeline,
             sink,
             state: Mutex::new(State {
+                containers: HashMap::new(),
+                sizing: Sizing::new(&options.config, Host::this(), options.demand),
                 slots: vec![false; slots],
                 vm: None,
                 settle: None,
-                containers: HashMap::new(),
-                sizing: Sizing::new(&options.config, Host::this(), options.demand),
             }),
+            applied: tokio::sync::Mutex::default(),
             streams: StreamTable::default(),
             tree,
-            applied: tokio::sync::Mutex::default(),
+            watch: Mutex::default(),
             boot: watch::Sender::new(Boot::Pending),
             end: watch::Sender::new(None),
             stopping: AtomicBool::new(false),

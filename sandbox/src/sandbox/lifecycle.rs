@@ -6,8 +6,8 @@ use bulkhead_protocol::agent::{
 };
 use bulkhead_protocol::control::{Disk, Fd, Request};
 
-use super::*;
 use super::resize::Resize;
+use super::*;
 use crate::spec;
 use crate::storage::{PreparedDisk, PreparedRoot, StorageError, plan_root};
 use crate::streams::Stdio;
@@ -78,11 +78,11 @@ impl Sandbox {
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
         let plan = plan_root(&root, &root_path)?;
-        let rewritten = spec::rewrite(spec, &id, spec::probe)?;
+        let mut rewritten = spec::rewrite(spec, spec::probe)?;
 
         // The mounts are made while the guest boots, on a thread of their own: a slow file system must not
         // keep other requests waiting.
-        let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes);
+        let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes.clone());
         let preparing = tokio::task::spawn_blocking(move || {
             tree.map(|tree| tree.prepare(&folder, &plan, &volumes))
                 .transpose()
@@ -105,7 +105,8 @@ impl Sandbox {
         })?;
         let message = CreateContainerRequest {
             container_id: id,
-            spec_json: rewritten.json,
+            spec_json: rewritten.finish(&sources)?,
+            block_devices,
             root: Some(root).into(),
             streams: Some(streams).into(),
             pid_namespace: pid_namespace_message(pid_namespace).into(),
@@ -157,7 +158,7 @@ impl Sandbox {
     }
 
     /// Puts a disk into a free slot; the file systems in it.
-    async fn attach_disk(
+    pub(super) async fn attach_disk(
         &self,
         guest: &Guest,
         id: &str,
@@ -399,8 +400,8 @@ impl Sandbox {
                 Err(error) => log::warn!("{}", crate::error::chain(&error)),
             }
         }
-        for streams in streams {
         self.shrink(id).await;
+        for streams in streams {
             self.unlisten(vm.as_ref(), &streams).await;
         }
         for slot in slots {
@@ -414,6 +415,7 @@ impl Sandbox {
                 *used = false;
             }
         }
+        self.release_volumes(id).await;
         let tree = self.0.tree.clone();
         if let (Some(tree), false) = (tree, is_sandbox) {
             let id = id.to_owned();

@@ -35,6 +35,7 @@ mod snapshotters;
 mod specification;
 mod streams;
 mod task;
+mod volumes;
 
 /// The probe: beside this program, or where the build left it.
 fn probe() -> PathBuf {
