@@ -161,6 +161,8 @@ impl Error {
             Self::Job(error) if error.is_refused() => Code::INVALID_ARGUMENT,
             Self::Cgroup(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Network(error) if error.is_argument() => Code::INVALID_ARGUMENT,
+            // What a pod asks of the kernel.
+            Self::Sandbox(SandboxError::Sysctl(..) | SandboxError::SysctlName(_)) => Code::INVALID_ARGUMENT,
             Self::Forward(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
             Self::Job(_)
@@ -229,5 +231,7 @@ mod tests {
         };
         assert_eq!(error.code(), Code::INVALID_ARGUMENT);
         assert_eq!(Error::NoContainer("c".into()).code(), Code::NOT_FOUND);
+        let sysctl = SandboxError::SysctlName("x".into());
+        assert_eq!(Error::Sandbox(sysctl).code(), Code::INVALID_ARGUMENT);
     }
 }
