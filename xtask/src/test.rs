@@ -244,18 +244,6 @@ fn integration(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
     } else {
         Artifacts::build(progress)?
     };
-    let programs = cargo::build(
-        progress,
-        "integration tests",
-        &[
-            "test",
-            "--release",
-            "--package=bulkhead-tests",
-            "--test=integration",
-            "--test=cri",
-            "--no-run",
-        ],
-    )?;
     let suites = if arguments.suite.is_empty() {
         Suite::ALL.to_vec()
     } else {
@@ -266,6 +254,13 @@ fn integration(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
         .flat_map(|containerd| suites.iter().map(|suite| (*containerd, *suite)))
         .filter(|(containerd, suite)| suite.runs_with(*containerd))
         .collect();
+    let mut build = vec!["test", "--release", "--package=bulkhead-tests", "--no-run"];
+    for (program, option) in [("integration", "--test=integration"), ("cri", "--test=cri")] {
+        if runs.iter().any(|(_, suite)| suite.program() == program) {
+            build.push(option);
+        }
+    }
+    let programs = cargo::build(progress, "integration tests", &build)?;
     match kvm::choose(&artifacts.cli)? {
         Place::Here => here(progress, &programs, &artifacts, &runs, arguments),
         Place::Emulated => emulated(progress, &programs, &artifacts, &runs, arguments),
