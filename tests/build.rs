@@ -8,6 +8,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .include("proto")
         .out_dir(&out)
         .rust_protobuf()
+        // No reflection: half of the code.
+        .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().lite_runtime(true))
         .run()?;
     // The generated file begins with inner attributes and comments, which `include!` does not take.
     let path = out.join("cri.rs");

@@ -13,6 +13,7 @@ fn container(events: &Events) -> Arc<Container> {
         directory: directory.clone(),
         root: RootPlan::Directory("/".into()),
         volumes: Vec::new(),
+        block_devices: Vec::new(),
     };
     // An id that has no cgroup.
     Arc::new(Container::new(

@@ -11,6 +11,7 @@ use crate::job::JobError;
 use crate::network::NetworkError;
 use crate::network::forward::ForwardError;
 use crate::network::plug::PlugError;
+use crate::processors::ProcessorError;
 use crate::sandbox::SandboxError;
 use crate::streams::StreamError;
 
@@ -117,6 +118,9 @@ pub enum Error {
     /// A stream could not be forwarded.
     #[error("cannot forward a stream")]
     Forward(#[source] ForwardError),
+    /// Processors could not be brought on line.
+    #[error("cannot change the processors on line")]
+    Processors(#[source] ProcessorError),
     /// The sandbox could not be set up.
     #[error("cannot set up the sandbox")]
     Sandbox(#[source] SandboxError),
@@ -149,6 +153,7 @@ impl Error {
             | Self::NoTerminal(..)
             | Self::Subscribed => Code::FAILED_PRECONDITION,
             Self::Invalid { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::Processors(ProcessorError::Count { .. }) => Code::INVALID_ARGUMENT,
             Self::NoContainer(_) | Self::NoProcess(..) => Code::NOT_FOUND,
             Self::ContainerExists(_) | Self::ProcessExists(..) => Code::ALREADY_EXISTS,
             Self::Create { source, .. } | Self::Exec { source, .. } => source.code(),
@@ -156,6 +161,8 @@ impl Error {
             Self::Job(error) if error.is_refused() => Code::INVALID_ARGUMENT,
             Self::Cgroup(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Network(error) if error.is_argument() => Code::INVALID_ARGUMENT,
+            // What a pod asks of the kernel.
+            Self::Sandbox(SandboxError::Sysctl(..) | SandboxError::SysctlName(_)) => Code::INVALID_ARGUMENT,
             Self::Forward(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
             Self::Job(_)
@@ -164,6 +171,7 @@ impl Error {
             | Self::Network(_)
             | Self::Plug(_)
             | Self::Forward(_)
+            | Self::Processors(_)
             | Self::Sandbox(_)
             | Self::Io { .. } => Code::INTERNAL,
         }
@@ -223,5 +231,7 @@ mod tests {
         };
         assert_eq!(error.code(), Code::INVALID_ARGUMENT);
         assert_eq!(Error::NoContainer("c".into()).code(), Code::NOT_FOUND);
+        let sysctl = SandboxError::SysctlName("x".into());
+        assert_eq!(Error::Sandbox(sysctl).code(), Code::INVALID_ARGUMENT);
     }
 }

@@ -13,6 +13,7 @@ pub mod job;
 pub mod kmsg;
 pub mod network;
 pub mod power;
+pub mod processors;
 pub mod reaper;
 pub mod sandbox;
 pub mod service;

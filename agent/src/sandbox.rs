@@ -141,7 +141,8 @@ pub fn setup(request: &proto::SetupSandboxRequest) -> Result<Pending, SandboxErr
             &request.shared_tag,
             Path::new(SHARED),
             "virtiofs",
-            MsFlags::empty(),
+            // A device node in a volume would be one of the guest's. Mounts below, and containers', inherit it.
+            MsFlags::MS_NODEV,
             "",
         )
         .map_err(SandboxError::Shared)?;

@@ -1,5 +1,6 @@
 //! The ttrpc service: a thin layer over [`Containers`].
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,9 +10,13 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+use crate::container::spec::valid_path;
 use crate::container::{Containers, control};
-use crate::error::Error;
-use crate::{network, power, sandbox};
+use crate::error::{Error, chain};
+use crate::job::Job;
+use crate::storage::SHARED;
+use crate::storage::volumes::{Create, Remove, Version};
+use crate::{network, power, processors, sandbox};
 
 /// Moments of the boot, in microseconds of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +76,36 @@ async fn detached<T: Send + 'static>(
         Ok(result) => Ok(result?),
         Err(error) => Err(ttrpc::Error::Others(error.to_string())),
     }
+}
+
+impl Service {
+    /// Works on a volume in a helper process: files of the host and memory can take their time.
+    async fn volume_job(
+        &self,
+        context: &TtrpcContext,
+        name: &'static str,
+        work: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> ttrpc::Result<()> {
+        let limit = limit(context);
+        let containers = Arc::clone(&self.containers);
+        detached(async move {
+            let mut job = Job::spawn(&containers.reaper, name, &[], move |_| work())?;
+            job.finish(limit).await?;
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// A directory of the shared tree.
+fn checked_source(path: &str) -> Result<PathBuf, Error> {
+    if valid_path(path) && Path::new(path).starts_with(SHARED) {
+        return Ok(PathBuf::from(path));
+    }
+    Err(Error::Invalid {
+        field: "source",
+        value: path.to_owned(),
+    })
 }
 
 #[async_trait]
@@ -237,6 +272,23 @@ impl Agent for Service {
         Ok(proto::UpdateContainerResponse::new())
     }
 
+    async fn set_processors(
+        &self,
+        _: &TtrpcContext,
+        request: proto::SetProcessorsRequest,
+    ) -> ttrpc::Result<proto::SetProcessorsResponse> {
+        // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
+        let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
+        let online = match set.await {
+            Ok(result) => result.map_err(Error::Processors)?,
+            Err(error) => return Err(ttrpc::Error::Others(error.to_string())),
+        };
+        Ok(proto::SetProcessorsResponse {
+            online,
+            ..Default::default()
+        })
+    }
+
     async fn pause_container(
         &self,
         _: &TtrpcContext,
@@ -285,6 +337,51 @@ impl Agent for Service {
         let containers = Arc::clone(&self.containers);
         detached(async move { containers.remove(&request.container_id).await }).await?;
         Ok(proto::RemoveContainerResponse::new())
+    }
+
+    async fn create_volume(
+        &self,
+        context: &TtrpcContext,
+        request: proto::CreateVolumeRequest,
+    ) -> ttrpc::Result<proto::CreateVolumeResponse> {
+        let create = Create::new(&request)?;
+        let work = move || create.run().map_err(|error| chain(&error));
+        self.volume_job(context, "creation of a volume", work).await?;
+        Ok(proto::CreateVolumeResponse::new())
+    }
+
+    async fn stage_volume(
+        &self,
+        context: &TtrpcContext,
+        request: proto::StageVolumeRequest,
+    ) -> ttrpc::Result<proto::StageVolumeResponse> {
+        let version = Version::new(&request.name, &request.version)?;
+        let source = checked_source(&request.source)?;
+        let work = move || version.stage(&source).map_err(|error| chain(&error));
+        self.volume_job(context, "copy of a volume", work).await?;
+        Ok(proto::StageVolumeResponse::new())
+    }
+
+    async fn commit_volume(
+        &self,
+        context: &TtrpcContext,
+        request: proto::CommitVolumeRequest,
+    ) -> ttrpc::Result<proto::CommitVolumeResponse> {
+        let version = Version::new(&request.name, &request.version)?;
+        let work = move || version.commit().map_err(|error| chain(&error));
+        self.volume_job(context, "update of a volume", work).await?;
+        Ok(proto::CommitVolumeResponse::new())
+    }
+
+    async fn remove_volume(
+        &self,
+        context: &TtrpcContext,
+        request: proto::RemoveVolumeRequest,
+    ) -> ttrpc::Result<proto::RemoveVolumeResponse> {
+        let remove = Remove::new(&request.name)?;
+        let work = move || remove.run().map_err(|error| chain(&error));
+        self.volume_job(context, "removal of a volume", work).await?;
+        Ok(proto::RemoveVolumeResponse::new())
     }
 
     async fn events(

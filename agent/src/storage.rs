@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod mount;
+pub mod volumes;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -105,6 +106,19 @@ pub struct Plan {
     pub root: RootPlan,
     /// Further volumes, at mount points of the host's choice.
     pub volumes: Vec<Volume>,
+    /// Disks that the container gets as they are.
+    pub block_devices: Vec<BlockDevice>,
+}
+
+/// A disk for a container, as a device node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Disk slot.
+    pub slot: u32,
+    /// Size the disk must have, in bytes; 0: any but empty.
+    pub capacity: u64,
+    /// Path of the node in the container.
+    pub path: PathBuf,
 }
 
 /// Partition numbers in use on each disk.
@@ -140,9 +154,12 @@ impl Plan {
         directory: &Path,
         root: &proto::RootFilesystem,
         mounts: &[proto::DiskMount],
+        block_devices: &[proto::BlockDevice],
         partitions: &mut Partitions,
     ) -> Result<Self, Error> {
+        let block_devices: Result<_, _> = block_devices.iter().map(block_device).collect();
         let mut plan = Self {
+            block_devices: block_devices?,
             directory: directory.to_owned(),
             root: RootPlan::Directory(PathBuf::new()),
             volumes: Vec::new(),
@@ -282,6 +299,9 @@ impl Plan {
         for volume in self.all() {
             mount_volume(volume)?;
         }
+        for device in &self.block_devices {
+            disk::open(device.slot, device.capacity, None)?;
+        }
         match &self.root {
             RootPlan::Directory(path) => {
                 let kind = fs::metadata(path).and_then(|meta| match meta.is_dir() {
@@ -355,6 +375,23 @@ impl Plan {
         }
         first.map_or(Ok(()), Err)
     }
+}
+
+/// A whole disk and an absolute path.
+fn block_device(device: &proto::BlockDevice) -> Result<BlockDevice, Error> {
+    let disk = device.disk.get_or_default();
+    let is_whole = disk.offset == 0 && disk.length == 0;
+    if !is_whole || !valid_path(&device.path) {
+        return Err(Error::Invalid {
+            field: "block_devices",
+            value: device.path.clone(),
+        });
+    }
+    Ok(BlockDevice {
+        slot: disk.slot,
+        capacity: disk.capacity,
+        path: PathBuf::from(&device.path),
+    })
 }
 
 const UPPER: &str = "upper";

@@ -26,8 +26,14 @@ fn root(kind: Kind) -> proto::RootFilesystem {
 }
 
 fn plan(root: &proto::RootFilesystem, partitions: &mut Partitions) -> Result<Plan, String> {
-    Plan::new(Path::new("/run/bulkhead/containers/c"), root, &[], partitions)
-        .map_err(|error| error.to_string())
+    Plan::new(
+        Path::new("/run/bulkhead/containers/c"),
+        root,
+        &[],
+        &[],
+        partitions,
+    )
+    .map_err(|error| error.to_string())
 }
 
 fn used(partitions: &Partitions) -> usize {
@@ -118,6 +124,7 @@ fn volumes_stay_below_the_agents_directory() {
             Path::new("/run/bulkhead/containers/c"),
             &root,
             &[mount],
+            &[],
             &mut Partitions::default(),
         );
         assert!(result.is_err(), "{point}");

@@ -95,6 +95,17 @@ pub enum Request {
         /// Size of the balloon in MiB.
         mib: u32,
     },
+    /// Makes the vCPUs with numbers below `count` exist, so that the guest can bring them on line. Those that exist
+    /// stay.
+    AddVcpus {
+        /// 1 to [`VmConfig::max_vcpus`].
+        count: u8,
+    },
+    /// Asks the guest to have `mib` MiB beyond [`VmConfig::memory_mib`]; [`Event::MemorySize`] tells what it has.
+    SetMemory {
+        /// At most [`VmConfig::hotplug_mib`].
+        mib: u32,
+    },
     /// Last lines of the guest console and the state of the VM.
     Inspect,
 }
@@ -109,8 +120,10 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// vCPUs in the MP table, 1 to 32.
     pub max_vcpus: u8,
-    /// Guest memory in MiB, 64 and up.
+    /// Guest memory at boot in MiB, 64 and up.
     pub memory_mib: u32,
+    /// Memory in MiB by which the guest can grow, a multiple of 128; 0: it keeps its size.
+    pub hotplug_mib: u32,
     /// `/dev/kvm`, read-write.
     pub kvm: Fd,
     /// Uncompressed ELF `vmlinux`, readable and seekable.
@@ -257,6 +270,11 @@ pub enum Event {
     VsockClosed {
         /// Port of the `VsockListen` or `VsockConnect` request.
         port: u32,
+    },
+    /// The guest has this many MiB beyond [`VmConfig::memory_mib`] now; what it gave back is the host's again.
+    MemorySize {
+        /// MiB.
+        mib: u32,
     },
     /// The VM has ended; the process exits after this message.
     Exited(Exit),

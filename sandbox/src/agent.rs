@@ -5,11 +5,13 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{
-    self, AgentClient, ConfigureNetworkRequest, ContainerStatsRequest, ContainerStatsResponse,
-    CreateContainerRequest, Event, EventsRequest, ExecProcessRequest, ForwardRequest, HelloRequest,
-    HelloResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest,
-    RemoveContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SetupSandboxRequest,
-    ShutdownRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
+    self, AgentClient, CommitVolumeRequest, ConfigureNetworkRequest, ContainerStatsRequest,
+    ContainerStatsResponse, CreateContainerRequest, CreateVolumeRequest, Event, EventsRequest,
+    ExecProcessRequest, ForwardRequest, HelloRequest, HelloResponse, ListProcessesRequest,
+    ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, RemoveContainerRequest,
+    RemoveVolumeRequest, ResizeTerminalRequest, ResumeContainerRequest, SetProcessorsRequest,
+    SetupSandboxRequest, ShutdownRequest, SignalProcessRequest, StageVolumeRequest, StartContainerRequest,
+    UpdateContainerRequest,
 };
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
@@ -153,6 +155,8 @@ impl Agent {
         resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
         /// Changes limits.
         update_container, "update of limits", UpdateContainerRequest => agent::UpdateContainerResponse;
+        /// Brings processors on line and off.
+        set_processors, "change of the processors", SetProcessorsRequest => agent::SetProcessorsResponse;
         /// Freezes a container.
         pause_container, "pause", PauseContainerRequest => agent::PauseContainerResponse;
         /// Thaws a container.
@@ -163,6 +167,14 @@ impl Agent {
         list_processes, "process list", ListProcessesRequest => ListProcessesResponse;
         /// Removes a container.
         remove_container, "container removal", RemoveContainerRequest => agent::RemoveContainerResponse;
+        /// Makes a volume in guest memory.
+        create_volume, "volume creation", CreateVolumeRequest => agent::CreateVolumeResponse;
+        /// Copies new content of a volume.
+        stage_volume, "copy of a volume", StageVolumeRequest => agent::StageVolumeResponse;
+        /// Shows the new content.
+        commit_volume, "update of a volume", CommitVolumeRequest => agent::CommitVolumeResponse;
+        /// Removes a volume.
+        remove_volume, "volume removal", RemoveVolumeRequest => agent::RemoveVolumeResponse;
         /// Ends the guest.
         shutdown, "guest shutdown", ShutdownRequest => agent::ShutdownResponse;
     }

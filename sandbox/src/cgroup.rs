@@ -1,9 +1,9 @@
 //! The pod's cgroup on the host (cgroup v2).
 //!
 //! The shim and the VMM live in it, so that the pod's memory and processor time are accounted where the
-//! orchestrator looks. No limit is set here: a container's limits hold inside the guest, and the limits
-//! of a Kubernetes pod are on the parent cgroup, which the kubelet makes. On a host without cgroup v2 a
-//! pod stays in its caller's cgroup.
+//! orchestrator looks. It is given what the pod's containers are given together, and what the VM costs beside
+//! them: a guest that ignores its own limits is held there. The limits of a Kubernetes pod are on the parent
+//! cgroup as well, which the kubelet makes. On a host without cgroup v2 a pod stays in its caller's cgroup.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -221,6 +221,30 @@ impl Cgroup {
         })
     }
 
+    /// Sets the limits. What the host lacks the controller for, or does not take, is left out with a message: the
+    /// limits hold inside the guest all the same.
+    pub fn limit(&self, limits: &HostLimits) {
+        for (file, value) in limits.settings() {
+            let path = self.path().join(file);
+            // Unchanged values are not written: lowering memory makes the kernel reclaim.
+            let current = fs::read_to_string(&path).unwrap_or_default();
+            if current.trim() == value {
+                continue;
+            }
+            // An empty list is "no list", for which nothing is written.
+            let text = if value.is_empty() { "\n" } else { value.as_str() };
+            let result = fs::File::options()
+                .write(true)
+                .open(&path)
+                .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()));
+            match result {
+                Ok(()) => log::debug!("{} = {value}", path.display()),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => log::warn!("cannot set {} to {value}: {error}", path.display()),
+            }
+        }
+    }
+
     /// The cgroup's counters; what cannot be read is zero.
     #[must_use]
     pub fn stats(&self) -> ContainerStatsResponse {
@@ -248,6 +272,50 @@ impl Cgroup {
     pub fn oom_kills(&self) -> u64 {
         let text = fs::read_to_string(self.path().join("memory.events")).unwrap_or_default();
         flat_keyed(&text).get("oom_kill").copied().unwrap_or(0)
+    }
+}
+
+/// What a pod's cgroup is given. `None`: no limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostLimits {
+    /// Bytes.
+    pub memory_max: u64,
+    /// Thousandths of a processor.
+    pub cpu_milli: Option<u64>,
+    /// `cpu.shares` of cgroup v1, 2 to 262144.
+    pub cpu_shares: Option<u64>,
+    /// Processors of the host.
+    pub cpus: Option<String>,
+    /// Memory nodes of the host.
+    pub mems: Option<String>,
+    /// `blkio.weight` of cgroup v1, 10 to 1000.
+    pub io_weight: Option<u16>,
+}
+
+impl HostLimits {
+    /// The files and what to write into them.
+    fn settings(&self) -> [(&'static str, String); 6] {
+        // Period in microseconds; a limit of one thousandth is the least the kernel takes.
+        const PERIOD: u64 = 100_000;
+        let max = || "max".to_owned();
+        let quota = self.cpu_milli.map_or_else(max, |milli| {
+            (milli.saturating_mul(PERIOD / 1000)).max(1000).to_string()
+        });
+        // The lines through the ends of the ranges of both versions.
+        let weight = self
+            .cpu_shares
+            .map_or(100, |shares| 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142);
+        let io = self.io_weight.map_or(100, |weight| {
+            1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
+        });
+        [
+            ("memory.max", self.memory_max.to_string()),
+            ("cpu.max", format!("{quota} {PERIOD}")),
+            ("cpu.weight", weight.to_string()),
+            ("cpuset.cpus", self.cpus.clone().unwrap_or_default()),
+            ("cpuset.mems", self.mems.clone().unwrap_or_default()),
+            ("io.weight", format!("default {io}")),
+        ]
     }
 }
 

@@ -77,6 +77,12 @@ pub struct Configuration {
     pub vcpus: u8,
     /// Guest memory in MiB, 64 and up.
     pub memory_mib: u32,
+    /// Most vCPUs, `vcpus` to 32; absent: as many as the host has processors, but not more than 8.
+    pub max_vcpus: Option<u8>,
+    /// Most guest memory in MiB, `memory_mib` and up; absent: as much as the host has.
+    pub max_memory_mib: Option<u32>,
+    /// Guest memory in MiB beside the containers' limits, for kernel and agent, 32 to 1024.
+    pub overhead_memory_mib: u32,
     /// Appended to the guest's kernel command line.
     pub kernel_parameters: String,
     /// Whether the guest has a serial console, of which errors show the last lines.
@@ -110,6 +116,9 @@ impl Default for Configuration {
             vmm: None,
             vcpus: 1,
             memory_mib: 256,
+            max_vcpus: None,
+            max_memory_mib: None,
+            overhead_memory_mib: 64,
             kernel_parameters: String::new(),
             console: true,
             balloon: true,
@@ -155,6 +164,13 @@ impl Configuration {
     pub fn validate(&self) -> Result<(), ConfigError> {
         check("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         check("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        if let Some(most) = self.max_vcpus {
+            check("max_vcpus", most, self.vcpus, MAX_VCPUS)?;
+        }
+        if let Some(most) = self.max_memory_mib {
+            check("max_memory_mib", most, self.memory_mib, MAX_MEMORY_MIB)?;
+        }
+        check("overhead_memory_mib", self.overhead_memory_mib, 32, 1024)?;
         check("disk_slots", self.disk_slots, 0, MAX_DISK_SLOTS)?;
         check("net_slots", self.net_slots, 0, MAX_NET_SLOTS)?;
         check("boot_timeout_s", self.boot_timeout_s, 1, 600)?;

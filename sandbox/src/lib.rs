@@ -16,6 +16,7 @@ pub mod journal;
 pub mod mount;
 pub mod network;
 pub mod process;
+pub mod resources;
 mod sandbox;
 pub mod spawn;
 pub mod spec;

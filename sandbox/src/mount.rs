@@ -7,6 +7,10 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{FileStat, fstat};
+use nix::sys::statfs::{Statfs, fstatfs};
+
+pub mod info;
 
 #[cfg(test)]
 mod tests;
@@ -217,57 +221,198 @@ pub fn perform(request: &Mount, target: &Path) -> Result<(), MountError> {
     .map_err(fail)
 }
 
-/// Binds `source` on `target` with the flags and read-only state of `options`.
+/// A file or directory of the host, held open: what is looked at is what gets mounted, whatever happens to the path.
+#[derive(Debug)]
+pub struct Source {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Source {
+    /// Opens `path`, through symbolic links, without reading or writing it.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn open(path: &Path) -> Result<Self, MountError> {
+        Ok(Self {
+            fd: open_path(path, false)?,
+            path: path.into(),
+        })
+    }
+
+    /// A path that names it, for system calls that only take paths.
+    #[must_use]
+    pub fn fd_path(&self) -> PathBuf {
+        fd_path(&self.fd)
+    }
+
+    /// Opens what is at a path below this directory, which no symbolic link and no `..` may leave; nor may it lead
+    /// through one.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn below(self, path: &Path) -> Result<Self, MountError> {
+        if path.as_os_str().is_empty() {
+            return Ok(self);
+        }
+        let whole = self.path.join(path);
+        let fail = |errno| MountError::Open(whole.clone(), errno);
+        let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| fail(Errno::EINVAL))?;
+        // SAFETY: the structure is plain numbers, for which zero is a value.
+        let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+        how.flags = u64::from((libc::O_PATH | libc::O_CLOEXEC).unsigned_abs());
+        how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
+        // SAFETY: name is a C string and how a structure of the given size, both alive during the call.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_openat2,
+                self.fd.as_raw_fd(),
+                name.as_ptr(),
+                &raw const how,
+                size_of::<libc::open_how>(),
+            )
+        };
+        let fd = Errno::result(fd).map_err(fail)?;
+        let fd = i32::try_from(fd).map_err(|_| fail(Errno::EBADF))?;
+        // SAFETY: the system call has just returned this descriptor.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { fd, path: whole })
+    }
+
+    /// Its attributes.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn stat(&self) -> Result<FileStat, MountError> {
+        fstat(self.fd.as_raw_fd()).map_err(|errno| MountError::Open(self.path.clone(), errno))
+    }
+
+    /// Its file system.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn statfs(&self) -> Result<Statfs, MountError> {
+        fstatfs(&self.fd).map_err(|errno| MountError::Open(self.path.clone(), errno))
+    }
+
+    /// Where it is, without symbolic links, and the number of its mount.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn place(&self) -> Result<(PathBuf, u64), MountError> {
+        let fail = || MountError::Open(self.path.clone(), Errno::EIO);
+        let path = std::fs::read_link(self.fd_path()).map_err(|_| fail())?;
+        // proc(5): the line "mnt_id:" of fdinfo.
+        let info = Path::new("/proc/self/fdinfo").join(self.fd.as_raw_fd().to_string());
+        let text = std::fs::read_to_string(info).map_err(|_| fail())?;
+        let line = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        let id = line.and_then(|id| id.trim().parse().ok()).ok_or_else(fail)?;
+        Ok((path, id))
+    }
+
+    /// A copy of the mount at this place that is not mounted anywhere yet.
+    fn clone_tree(&self, recursive: bool) -> Result<OwnedFd, Errno> {
+        let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.unsigned_abs();
+        if recursive {
+            flags |= libc::AT_RECURSIVE.unsigned_abs();
+        }
+        // SAFETY: the path is an empty C string, the descriptor is open.
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, self.fd.as_raw_fd(), c"".as_ptr(), flags) };
+        let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+        // SAFETY: the system call has just returned this descriptor.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// A copy of its mount, without what is mounted below, that no path leads to.
+    ///
+    /// # Errors
+    /// [`MountError::Open`].
+    pub fn detached(&self) -> Result<OwnedFd, MountError> {
+        self.clone_tree(false)
+            .map_err(|errno| MountError::Open(self.path.clone(), errno))
+    }
+}
+
+/// Binds `source` on `target` with the flags, read-only state and propagation of `options`.
 ///
 /// # Errors
 /// [`MountError`]; nothing is left mounted.
 pub fn bind(source: &Path, target: &Path, options: &ParsedOptions) -> Result<(), MountError> {
-    let fail = |errno| mount_error(&source.display().to_string(), "bind", target, errno);
-    let none: Option<&str> = None;
-    let how = MsFlags::MS_BIND | (options.flags & MsFlags::MS_REC);
-    mount(Some(source), target, none, how, none).map_err(fail)?;
-    restrict(target, options).map_err(|errno| {
-        // The error of the restriction is the one worth reporting.
-        let _ = umount2(target, MntFlags::MNT_DETACH);
-        fail(errno)
-    })
+    attach(&Source::open(source)?, target, options, options.read_only())
 }
 
-/// A bind mount ignores flags when it is made; a second call sets them.
-fn restrict(target: &Path, options: &ParsedOptions) -> Result<(), Errno> {
-    let none: Option<&str> = None;
-    let wanted = options.flags - MsFlags::MS_BIND - MsFlags::MS_REC;
+/// As [`bind`], for a source held open; `read_only` in place of what `options` say.
+///
+/// Device nodes, set-user-id bits and programs of the mount have no effect on the host: only a file server uses it.
+///
+/// # Errors
+/// [`MountError`]; nothing is left mounted.
+pub fn attach(
+    source: &Source,
+    target: &Path,
+    options: &ParsedOptions,
+    read_only: bool,
+) -> Result<(), MountError> {
+    let fail = |errno| mount_error(&source.path.display().to_string(), "bind", target, errno);
+    let tree = source
+        .clone_tree(options.flags.contains(MsFlags::MS_REC))
+        .map_err(fail)?;
+    // Everything is set before the mount is seen. "Slave" lets mounts that the host makes below appear; nothing that
+    // is made here ever appears on the host.
+    let propagation = if options.propagation.contains(MsFlags::MS_SLAVE) {
+        MsFlags::MS_SLAVE
+    } else {
+        MsFlags::MS_PRIVATE
+    };
+    let mut everywhere = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     if options.recursive_read_only {
-        set_read_only_recursive(target)?;
-    } else if !wanted.is_empty() {
-        mount(
-            none,
-            target,
-            none,
-            wanted | MsFlags::MS_BIND | MsFlags::MS_REMOUNT,
-            none,
-        )?;
+        everywhere |= libc::MOUNT_ATTR_RDONLY;
     }
-    // Propagation never crosses the virtual machine; what a container asks for is kept on this side as
-    // "slave", so that host mounts below a volume appear and guest wishes change nothing on the host.
-    mount(none, target, none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
+    set_attributes(&tree, everywhere, propagation, true).map_err(fail)?;
+    if read_only {
+        set_attributes(&tree, libc::MOUNT_ATTR_RDONLY, MsFlags::empty(), false).map_err(fail)?;
+    }
+    let path = CString::new(target.as_os_str().as_bytes()).map_err(|_| fail(Errno::EINVAL))?;
+    // SAFETY: both paths are C strings that live during the call, the descriptor is open.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            // A target can be a descriptor's link in /proc.
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_SYMLINKS,
+        )
+    };
+    Errno::result(moved).map(drop).map_err(fail)
 }
 
-fn set_read_only_recursive(target: &Path) -> Result<(), Errno> {
-    let path = CString::new(target.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+/// Makes the mount at `target` read-only.
+///
+/// # Errors
+/// [`MountError::Mount`].
+pub fn make_read_only(target: &Path) -> Result<(), MountError> {
+    let source = Source::open(target)?;
+    set_attributes(&source.fd, libc::MOUNT_ATTR_RDONLY, MsFlags::empty(), false)
+        .map_err(|errno| mount_error("", "remount", target, errno))
+}
+
+fn set_attributes(mount: &OwnedFd, set: u64, propagation: MsFlags, recursive: bool) -> Result<(), Errno> {
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_set: set,
         attr_clr: 0,
-        propagation: 0,
+        propagation: propagation.bits(),
         userns_fd: 0,
     };
-    // SAFETY: path is a C string and attributes a struct of the given size, both alive during the call.
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is an empty C string and attributes a struct of the given size, both alive during the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            libc::AT_RECURSIVE,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )

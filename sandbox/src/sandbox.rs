@@ -18,6 +18,7 @@ use crate::journal::Journal;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
+use crate::resources::{Demand, Host, Sizing};
 use crate::spec::Role;
 use crate::storage::SharedTree;
 use crate::streams::{ProcessStreams, StreamTable};
@@ -29,6 +30,8 @@ mod event;
 mod lifecycle;
 mod network;
 mod requests;
+mod resize;
+mod volumes;
 
 pub use event::{EventSink, SandboxEvent};
 
@@ -55,6 +58,8 @@ pub struct SandboxOptions {
     pub shm_size: u64,
     /// Files that containers get on `/etc/<name>` unless they have a mount there.
     pub files: HashMap<String, Vec<u8>>,
+    /// What the pod asks for, if that is known: it decides the size the VM starts with.
+    pub demand: Option<Demand>,
     /// `oom_score_adj` of the VMM.
     pub oom_score_adj: i32,
     /// The pod's cgroup; the calling process is in it already.
@@ -177,9 +182,9 @@ impl Record {
     }
 }
 
-#[derive(Default)]
 struct State {
     containers: HashMap<String, Record>,
+    sizing: Sizing,
     slots: Vec<bool>,
     vm: Option<Vm>,
     settle: Option<network::Settle>,
@@ -200,9 +205,13 @@ struct Inner {
     timeline: Timeline,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
+    /// Held while the VM's size changes.
+    applied: tokio::sync::Mutex<resize::Applied>,
     streams: StreamTable,
     /// Absent when the sandbox was refused.
     tree: Option<SharedTree>,
+    /// Follows volumes that the host brings up to date; absent until there is one.
+    watch: Mutex<Option<Arc<volumes::Watch>>>,
     boot: watch::Sender<Boot>,
     /// Set when the VM has ended or will never be.
     end: watch::Sender<Option<Exit>>,
@@ -252,11 +261,16 @@ impl Sandbox {
             timeline: options.timeline,
             sink,
             state: Mutex::new(State {
+                containers: HashMap::new(),
+                sizing: Sizing::new(&options.config, Host::this(), options.demand),
                 slots: vec![false; slots],
-                ..State::default()
+                vm: None,
+                settle: None,
             }),
+            applied: tokio::sync::Mutex::default(),
             streams: StreamTable::default(),
             tree,
+            watch: Mutex::default(),
             boot: watch::Sender::new(Boot::Pending),
             end: watch::Sender::new(None),
             stopping: AtomicBool::new(false),

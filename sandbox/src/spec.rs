@@ -8,11 +8,13 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount as OciMount, Process, Spec};
 use crate::error::Kind;
 use crate::mount::{self, MountError, ParsedOptions};
 
+mod block;
 mod pod;
 mod refuse;
 #[cfg(test)]
 mod tests;
 
+pub use block::{BlockVolume, device_path};
 pub use pod::{GUEST_FILES, add_mounts};
 pub use refuse::{Role, check};
 
@@ -42,6 +44,9 @@ pub enum SpecError {
     /// A process to add is not JSON of the right form.
     #[error("Cannot parse the process")]
     Process(#[source] serde_json::Error),
+    /// Resources of an update.
+    #[error("Cannot parse the resources")]
+    Resources(#[source] serde_json::Error),
     /// It cannot be written for the guest.
     #[error("Cannot encode the specification")]
     Encode(#[source] serde_json::Error),
@@ -154,6 +159,8 @@ pub enum SourceKind {
     Directory,
     /// A regular file.
     File,
+    /// A block device.
+    BlockDevice,
     /// Anything else.
     Other(&'static str),
 }
@@ -170,7 +177,7 @@ pub fn probe(path: &Path) -> std::io::Result<SourceKind> {
     } else if kind.is_file() {
         SourceKind::File
     } else if kind.is_block_device() {
-        SourceKind::Other("a block device")
+        SourceKind::BlockDevice
     } else if kind.is_char_device() {
         SourceKind::Other("a character device")
     } else if kind.is_socket() {
@@ -189,35 +196,51 @@ pub struct Volume {
     pub directory: bool,
     /// Flags of the bind mount.
     pub options: ParsedOptions,
-    /// Name below `<container id>/mounts` of the shared tree.
-    pub name: String,
+    /// Place among the specification's mounts.
+    pub mount: usize,
 }
 
 /// A specification for the guest and what it needs from the host.
 #[derive(Debug)]
 pub struct Rewritten {
-    /// JSON for the agent.
-    pub json: Vec<u8>,
+    spec: Spec,
     /// Host files and directories to share.
     pub volumes: Vec<Volume>,
+    /// Block devices to attach.
+    pub block_volumes: Vec<BlockVolume>,
 }
 
-/// Rewrites `spec` of container `id`, which [`check`] accepts, for the guest: bind mounts become volumes of the
-/// shared tree, and fields that mean the host are removed. `probe` looks at a path on the host.
+impl Rewritten {
+    /// JSON for the agent. `sources` are the volumes' paths in the guest, in their order.
+    ///
+    /// # Errors
+    /// [`SpecError::Encode`].
+    pub fn finish(mut self, sources: &[PathBuf]) -> Result<Vec<u8>, SpecError> {
+        let mut none = Vec::new();
+        let mounts = self.spec.mounts_mut().as_mut().unwrap_or(&mut none);
+        for (volume, source) in self.volumes.iter().zip(sources) {
+            if let Some(mount) = mounts.get_mut(volume.mount) {
+                mount.set_source(Some(source.clone()));
+            }
+        }
+        serde_json::to_vec(&self.spec).map_err(SpecError::Encode)
+    }
+}
+
+/// Rewrites `spec`, which [`check`] accepts, for the guest: bind mounts become volumes, block devices become disks,
+/// and fields that mean the host are removed. `probe` looks at a path on the host.
 ///
 /// # Errors
 /// [`SpecError`], naming the field.
 pub fn rewrite(
     mut spec: Spec,
-    id: &str,
     probe: impl Fn(&Path) -> std::io::Result<SourceKind>,
 ) -> Result<Rewritten, SpecError> {
     let mut volumes = Vec::new();
+    let block_volumes = block::take(&mut spec, &probe);
     if let Some(mounts) = spec.mounts_mut() {
-        for mount in mounts {
-            if let Some(volume) = rewrite_mount(mount, id, volumes.len(), &probe)? {
-                volumes.push(volume);
-            }
+        for (number, mount) in mounts.iter_mut().enumerate() {
+            volumes.extend(rewrite_mount(mount, number, &probe)?);
         }
     }
     // Labels and profiles name objects of the host's security modules; the guest has none of them.
@@ -227,8 +250,11 @@ pub fn rewrite(
     if let Some(linux) = spec.linux_mut() {
         linux.set_mount_label(None).set_cgroups_path(None);
     }
-    let json = serde_json::to_vec(&spec).map_err(SpecError::Encode)?;
-    Ok(Rewritten { json, volumes })
+    Ok(Rewritten {
+        spec,
+        volumes,
+        block_volumes,
+    })
 }
 
 /// Rewrites an OCI `Process` object (JSON) for the guest, as [`rewrite`] does with the specification's.
@@ -241,17 +267,20 @@ pub fn rewrite_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
     serde_json::to_vec(&process).map_err(SpecError::Encode)
 }
 
+fn is_bind(mount: &OciMount) -> bool {
+    let mut options = mount.options().iter().flatten();
+    mount.typ().as_deref() == Some("bind") || options.any(|option| option == "bind" || option == "rbind")
+}
+
 fn rewrite_mount(
     mount: &mut OciMount,
-    id: &str,
     number: usize,
     probe: &impl Fn(&Path) -> std::io::Result<SourceKind>,
 ) -> Result<Option<Volume>, SpecError> {
     let destination = mount.destination().clone();
     let options = mount.options().clone().unwrap_or_default();
     let kind = mount.typ().clone().unwrap_or_default();
-    let is_bind = kind == "bind" || options.iter().any(|option| option == "bind" || option == "rbind");
-    if !is_bind {
+    if !is_bind(mount) {
         if GUEST_TYPES.contains(&kind.as_str()) {
             return Ok(None);
         }
@@ -282,6 +311,7 @@ fn rewrite_mount(
     let directory = match probe(&source) {
         Ok(SourceKind::Directory) => true,
         Ok(SourceKind::File) => false,
+        Ok(SourceKind::BlockDevice) => return Ok(None),
         Ok(SourceKind::Other(what)) => {
             return Err(SpecError::Unsupported {
                 field: "mounts",
@@ -301,14 +331,12 @@ fn rewrite_mount(
             });
         }
     };
-    let name = number.to_string();
-    let guest = Path::new(GUEST_SHARED).join(id).join("mounts").join(&name);
-    mount.set_typ(Some("bind".into())).set_source(Some(guest));
+    mount.set_typ(Some("bind".into()));
     Ok(Some(Volume {
         source,
         directory,
         options: parsed,
-        name,
+        mount: number,
     }))
 }
 

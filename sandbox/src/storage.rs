@@ -5,17 +5,21 @@ use std::io::Seek;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
 
 use crate::error::Kind;
-use crate::mount::{self as host_mount, Mount, MountError};
+use crate::mount::{self as host_mount, Mount, MountError, Source};
 use crate::spec::{GUEST_SHARED, Volume};
 
 mod layers;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod volumes;
+
+pub use volumes::{DATA, GUEST_VOLUMES, Owner, PodVolume, VolumeKind, is_version};
 
 pub use plan::{DiskPlan, RootPlan, plan_root};
 
@@ -43,6 +47,12 @@ pub enum StorageError {
     /// A disk's file could not be opened.
     #[error("Cannot open the disk {}", .0.display())]
     Disk(PathBuf, #[source] std::io::Error),
+    /// The copy of a volume in the guest could not be made or brought up to date.
+    #[error("Cannot follow volume {0}")]
+    Update(String, #[source] std::io::Error),
+    /// A volume's source is no longer what it was.
+    #[error("{} was replaced while it was being mounted", .0.display())]
+    Changed(PathBuf),
     /// The mounts make no root file system this runtime knows.
     #[error("Root file system: {0}")]
     Root(String),
@@ -66,9 +76,14 @@ impl StorageError {
 /// The tree shared with the guest: a small private file system in which every container has a folder
 /// with its root and its volumes mounted. It is gone, mounts and all, when the last process of the
 /// sandbox's mount namespace is.
+///
+/// The guest's kernel cannot change the tree itself: it is mounted read-only. The shim makes mount points through a
+/// second mount of the same file system that no path leads to.
 #[derive(Clone, Debug)]
 pub struct SharedTree {
     root: PathBuf,
+    writable: Arc<OwnedFd>,
+    volumes: volumes::Pool,
 }
 
 /// A file system inside a disk that will be attached.
@@ -126,7 +141,22 @@ impl SharedTree {
             Some(TREE_OPTIONS),
         )
         .map_err(|errno| StorageError::Tree(root.into(), errno))?;
-        Ok(Self { root: root.into() })
+        let protect = || {
+            let writable = Source::open(root)?.detached()?;
+            host_mount::make_read_only(root)?;
+            Ok::<_, MountError>(writable)
+        };
+        match protect() {
+            Ok(writable) => Ok(Self {
+                root: root.into(),
+                writable: Arc::new(writable),
+                volumes: volumes::Pool::default(),
+            }),
+            Err(error) => {
+                let _ = host_mount::detach(root);
+                Err(error.into())
+            }
+        }
     }
 
     /// A descriptor of the tree's root for the VMM.
@@ -153,16 +183,22 @@ impl SharedTree {
         host_mount::detach(&self.root)
     }
 
-    /// A container's folder.
-    fn folder(&self, id: &str) -> Result<PathBuf, StorageError> {
+    /// Where the tree's own directories and files can be made and removed.
+    fn writable(&self) -> PathBuf {
+        host_mount::fd_path(&self.writable)
+    }
+
+    /// Name of a container's folder.
+    fn folder<'a>(&self, id: &'a str) -> Result<&'a str, StorageError> {
         let mut parts = Path::new(id).components();
         match (parts.next(), parts.next()) {
-            (Some(Component::Normal(name)), None) if name == id => Ok(self.root.join(id)),
+            (Some(Component::Normal(name)), None) if name == id && !id.starts_with('.') => Ok(id),
             _ => Err(StorageError::Id(id.to_owned())),
         }
     }
 
-    /// Mounts or opens what the guest needs for container `id`. On failure nothing is left.
+    /// Mounts or opens what the guest needs for container `id`, and the volumes in their order. On failure nothing
+    /// is left but volumes, which [`SharedTree::release`] gives back.
     ///
     /// # Errors
     /// [`StorageError`].
@@ -171,14 +207,16 @@ impl SharedTree {
         id: &str,
         root: &RootPlan,
         volumes: &[Volume],
-    ) -> Result<PreparedRoot, StorageError> {
+    ) -> Result<(PreparedRoot, Vec<Arc<PodVolume>>), StorageError> {
         let folder = self.folder(id)?;
-        make_directory(&folder)?;
-        let prepared = self.prepare_root(id, &folder, root).and_then(|prepared| {
-            for volume in volumes {
-                mount_volume(&folder, volume)?;
-            }
-            Ok(prepared)
+        make_directory(&self.writable().join(folder))?;
+        let prepared = self.prepare_root(id, folder, root).and_then(|prepared| {
+            let writable = self.writable();
+            let volumes: Result<_, _> = volumes
+                .iter()
+                .map(|volume| self.volumes.take(id, &self.root, &writable, volume))
+                .collect();
+            Ok((prepared, volumes?))
         });
         if prepared.is_err() {
             self.remove(id);
@@ -186,13 +224,32 @@ impl SharedTree {
         prepared
     }
 
-    fn prepare_root(&self, id: &str, folder: &Path, root: &RootPlan) -> Result<PreparedRoot, StorageError> {
-        let target = folder.join("rootfs");
+    /// Forgets that container `id` uses volumes; returns those that nobody uses any more, which the guest must let go
+    /// of before [`SharedTree::remove_volume`].
+    #[must_use]
+    pub fn release(&self, id: &str) -> Vec<Arc<PodVolume>> {
+        self.volumes.release(id)
+    }
+
+    /// Unmounts a volume that [`SharedTree::release`] has returned.
+    pub fn remove_volume(&self, volume: &PodVolume) {
+        let Some(directory) = &volume.directory else {
+            return;
+        };
+        match host_mount::detach(directory) {
+            Ok(()) => volumes::remove_point(&self.writable().join(volumes::FOLDER).join(&volume.name)),
+            Err(error) => log::warn!("{}", crate::error::chain(&error)),
+        }
+    }
+
+    fn prepare_root(&self, id: &str, folder: &str, root: &RootPlan) -> Result<PreparedRoot, StorageError> {
+        let target = self.root.join(folder).join("rootfs");
         match root {
             RootPlan::Mounts(mounts) => {
-                make_directory(&target)?;
+                make_directory(&self.writable().join(folder).join("rootfs"))?;
                 for request in mounts {
-                    host_mount::perform(request, &inside(&target, &request.target)?)?;
+                    let point = inside(&target, &request.target)?;
+                    host_mount::perform(request, &point.fd_path())?;
                 }
                 Ok(PreparedRoot::Shared(
                     Path::new(GUEST_SHARED).join(id).join("rootfs"),
@@ -206,43 +263,27 @@ impl SharedTree {
         }
     }
 
-    /// Unmounts and removes what [`SharedTree::prepare`] made; what is gone already is no error.
+    /// Unmounts and removes what [`SharedTree::prepare`] made but volumes; what is gone already is no error.
     pub fn remove(&self, id: &str) {
         let Ok(folder) = self.folder(id) else { return };
-        let volumes = folder.join("mounts");
-        let mut points = vec![folder.join("rootfs")];
-        points.extend(
-            fs::read_dir(&volumes)
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|entry| entry.path()),
-        );
-        for point in points {
-            if let Err(error) = host_mount::detach(&point) {
-                log::warn!("{}", crate::error::chain(&error));
-                // What is mounted here is not ours to remove.
-                continue;
-            }
-            let is_directory = fs::symlink_metadata(&point).is_ok_and(|metadata| metadata.is_dir());
-            let _ = if is_directory {
-                fs::remove_dir(&point)
-            } else {
-                fs::remove_file(&point)
-            };
+        if let Err(error) = host_mount::detach(&self.root.join(folder).join("rootfs")) {
+            log::warn!("{}", crate::error::chain(&error));
+            // What is mounted here is not ours to remove.
+            return;
         }
-        let _ = fs::remove_dir(&volumes);
+        let folder = self.writable().join(folder);
+        let _ = fs::remove_dir(folder.join("rootfs"));
         if let Err(error) = fs::remove_dir(&folder)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            log::warn!("cannot remove {}: {error}", folder.display());
+            log::warn!("cannot remove a container's folder: {error}");
         }
     }
 }
 
-/// A mount's target inside a root: no `..`, so that it stays there. Symbolic links of the image are not
-/// followed out either, since only the root itself is mounted when targets are resolved.
-fn inside(root: &Path, target: &str) -> Result<PathBuf, StorageError> {
+/// A mount's target inside a root, held open: neither `..` nor a symbolic link leads out, also when the root changes
+/// meanwhile.
+fn inside(root: &Path, target: &str) -> Result<Source, StorageError> {
     let relative = Path::new(target.trim_start_matches('/'));
     if !relative
         .components()
@@ -250,19 +291,7 @@ fn inside(root: &Path, target: &str) -> Result<PathBuf, StorageError> {
     {
         return Err(StorageError::Root(format!("mount target {target} is not valid")));
     }
-    let path = root.join(relative);
-    let real = path
-        .canonicalize()
-        .map_err(|error| StorageError::Create(path.clone(), error))?;
-    let real_root = root
-        .canonicalize()
-        .map_err(|error| StorageError::Create(root.into(), error))?;
-    if !real.starts_with(&real_root) {
-        return Err(StorageError::Root(format!(
-            "mount target {target} leaves the root"
-        )));
-    }
-    Ok(real)
+    Ok(Source::open(root)?.below(relative)?)
 }
 
 fn make_directory(path: &Path) -> Result<(), StorageError> {
@@ -274,18 +303,6 @@ fn make_directory(path: &Path) -> Result<(), StorageError> {
             _ => Err(error),
         })
         .map_err(|error| StorageError::Create(path.into(), error))
-}
-
-fn mount_volume(folder: &Path, volume: &Volume) -> Result<(), StorageError> {
-    let directory = folder.join("mounts");
-    make_directory(&directory)?;
-    let target = directory.join(&volume.name);
-    if volume.directory {
-        make_directory(&target)?;
-    } else {
-        File::create_new(&target).map_err(|error| StorageError::Create(target.clone(), error))?;
-    }
-    Ok(host_mount::bind(&volume.source, &target, &volume.options)?)
 }
 
 /// Opens a disk's file.
@@ -306,6 +323,20 @@ fn open_disk(disk: &DiskPlan) -> Result<PreparedDisk, StorageError> {
         read_only: disk.read_only,
         parts: vec![part],
     })
+}
+
+/// Opens a block device for a container, with its size.
+///
+/// # Errors
+/// [`StorageError::Disk`], also when it is empty or no block device.
+pub fn open_block_device(disk: &DiskPlan) -> Result<PreparedDisk, StorageError> {
+    let prepared = open_disk(disk)?;
+    let is_device = fs::metadata(&disk.source).is_ok_and(|metadata| metadata.file_type().is_block_device());
+    if !is_device {
+        let error = std::io::ErrorKind::InvalidInput.into();
+        return Err(StorageError::Disk(disk.source.clone(), error));
+    }
+    Ok(prepared)
 }
 
 /// Size in bytes of a regular file or block device.

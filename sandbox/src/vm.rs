@@ -136,6 +136,7 @@ struct Command {
 pub struct Vm {
     commands: mpsc::UnboundedSender<Command>,
     end: watch::Receiver<Option<Arc<VmEnd>>>,
+    memory: watch::Receiver<u32>,
     started: Started,
 }
 
@@ -203,6 +204,7 @@ impl Vm {
         .map_err(|errno| VmError::Descriptor(errno.into()))?;
         let (commands, receiver) = mpsc::unbounded_channel();
         let (end_sender, end) = watch::channel(None);
+        let (memory_sender, memory) = watch::channel(0);
         let lines = actor::read_stderr(stderr).map_err(VmError::Descriptor)?;
         let actor = actor::Actor {
             channel: watch_fd(ours).map_err(VmError::Descriptor)?,
@@ -212,6 +214,7 @@ impl Vm {
             next_id: 1,
             events,
             exit: None,
+            memory: memory_sender,
             oom_kills_before: cgroup.as_ref().map_or(0, Cgroup::oom_kills),
             cgroup,
             stderr: lines,
@@ -225,6 +228,7 @@ impl Vm {
         Ok(Self {
             commands,
             end,
+            memory,
             started,
         })
     }
@@ -268,6 +272,25 @@ impl Vm {
     #[must_use]
     pub fn end(&self) -> Option<Arc<VmEnd>> {
         self.end.borrow().clone()
+    }
+
+    /// Memory in MiB that the guest has beside that of its boot.
+    #[must_use]
+    pub fn added_memory(&self) -> u32 {
+        *self.memory.borrow()
+    }
+
+    /// Follows [`Vm::added_memory`]; closed when the VM has ended.
+    #[must_use]
+    pub fn watch_memory(&self) -> watch::Receiver<u32> {
+        self.memory.clone()
+    }
+
+    /// Waits until the guest has `mib` MiB beside that of its boot; whether it has.
+    pub async fn wait_for_memory(&self, mib: u32, limit: Duration) -> bool {
+        let mut memory = self.memory.clone();
+        let grown = memory.wait_for(|has| *has >= mib);
+        matches!(tokio::time::timeout(limit, grown).await, Ok(Ok(_)))
     }
 
     /// Kills the VMM process.
@@ -359,6 +382,8 @@ fn name(request: &Request) -> &'static str {
         Request::AttachNet { .. } => "attach net",
         Request::DetachNet { .. } => "detach net",
         Request::SetBalloon { .. } => "set balloon",
+        Request::AddVcpus { .. } => "add vcpus",
+        Request::SetMemory { .. } => "set memory",
         Request::Inspect => "inspect",
     }
 }

@@ -8,6 +8,7 @@ use bulkhead_sandbox::cgroup::{self, Cgroup};
 use bulkhead_sandbox::config::Configuration;
 use bulkhead_sandbox::journal::{Entry, Journal};
 use bulkhead_sandbox::network::GuestNetwork;
+use bulkhead_sandbox::resources::Demand;
 use bulkhead_sandbox::spec;
 use bulkhead_sandbox::timeline::Timeline;
 use bulkhead_sandbox::{Error, Role, Sandbox, SandboxOptions};
@@ -123,6 +124,10 @@ impl Pod {
                 .unwrap_or_default(),
             shm_size: spec::shm_size(spec),
             files: wanted.files,
+            demand: match wanted.kind {
+                Kind::Single => Some(Demand::of_container(spec)),
+                Kind::Task | Kind::Api => Demand::of_sandbox(spec),
+            },
             oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0),
             cgroup: wanted.cgroup,
             home_cgroup: parts.home_cgroup,

@@ -405,7 +405,7 @@ impl TaskService for Service {
             .map(|any| any.value)
             .unwrap_or_default();
         self.sandbox()?
-            .update(&request.id, resources)
+            .update(&request.id, &resources)
             .await
             .map_err(|error| from_sandbox(&error))?;
         Ok(Empty::default())

@@ -118,9 +118,10 @@ const NGINX: &str = "/usr/sbin/nginx";
 /// The host's nginx with the libraries it is linked to.
 fn nginx_layer(directory: &Path) -> PathBuf {
     let layer = directory.join("nginx");
-    let mut ldd = Command::new("ldd");
-    ldd.arg(NGINX);
-    let listing = Session::start(ldd, Duration::from_secs(60)).finish().text();
+    // With this variable the dynamic loader lists what it would load; it is what ldd sets.
+    let mut loader = Command::new(NGINX);
+    loader.env("LD_TRACE_LOADED_OBJECTS", "1");
+    let listing = Session::start(loader, Duration::from_secs(60)).finish().text();
     let libraries = listing
         .split_whitespace()
         .filter(|word| word.starts_with('/'))

@@ -228,6 +228,12 @@ impl Pod<'_> {
         ContainerBuilder { pod: self, config }
     }
 
+    /// Whether CRI knows an image of this name.
+    #[must_use]
+    pub fn has_image(&self, name: &str) -> bool {
+        self.client.has_image(name)
+    }
+
     /// State of the pod.
     ///
     /// # Panics

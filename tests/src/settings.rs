@@ -12,6 +12,10 @@ use crate::session::Session;
 pub const BRIDGE: &str = "bulkhead-pods";
 /// The pods' IPv4 network; the bridge has the first address.
 pub const NETWORK: &str = "10.251.0.0/16";
+/// Configuration of the handler `kata-sized`, and its most vCPUs.
+const SIZED: &str = "sized.json";
+/// See [`cri`].
+pub const MAX_VCPUS: u32 = 4;
 /// The host in the pods' network.
 pub const GATEWAY: &str = "10.251.0.1";
 
@@ -29,14 +33,15 @@ pub fn tasks(directory: &Path, version: &str) -> String {
     text
 }
 
-/// For the suite that drives CRI: the handlers `runc`, `kata` and, with containerd 2, `kata-shim`.
+/// For the suite that drives CRI: the handlers `runc`, `kata`, `kata-sized`, whose VMs have room for
+/// [`MAX_VCPUS`] vCPUs however few processors the host has, and, with containerd 2, `kata-shim`.
 pub fn cri(directory: &Path, version: &str) -> String {
     let common = common(directory);
     let (cni, conf) = (config().cni.display(), directory.join("cni"));
     let conf = conf.display();
     if is_1(version) {
         let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
-        let handlers = handlers(plugin, false);
+        let handlers = handlers(plugin, directory, false);
         return format!(
             "version = 2\n{common}\
              [{plugin}]\n  sandbox_image = \"{PAUSE_IMAGE}\"\n  enable_unprivileged_ports = true\n\
@@ -45,7 +50,7 @@ pub fn cri(directory: &Path, version: &str) -> String {
         );
     }
     let plugin = "plugins.\"io.containerd.cri.v1.runtime\"";
-    let handlers = handlers(plugin, true);
+    let handlers = handlers(plugin, directory, true);
     format!(
         "version = 3\n{common}\
          [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n\
@@ -83,7 +88,7 @@ state = "{directory}/state"
     )
 }
 
-fn handlers(plugin: &str, sandboxers: bool) -> String {
+fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
     let runtimes = format!("{plugin}.containerd.runtimes");
     let kata = |name: &str, more: &str| {
         format!(
@@ -97,6 +102,11 @@ fn handlers(plugin: &str, sandboxers: bool) -> String {
          [{runtimes}.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n{}",
         kata("kata", "")
     );
+    let options = format!(
+        "[{runtimes}.kata-sized.options]\n  ConfigPath = \"{}\"\n",
+        directory.join(SIZED).display()
+    );
+    text += &kata("kata-sized", &options);
     if sandboxers {
         text += &kata("kata-shim", "  sandboxer = \"shim\"\n");
     }
@@ -123,6 +133,10 @@ pub fn prepare_cri(directory: &Path) {
     ] {
         fs::create_dir_all(path).expect("a directory");
     }
+    let current = fs::read("/etc/bulkhead/config.json").unwrap_or_else(|_| b"{}".to_vec());
+    let mut sized: serde_json::Value = serde_json::from_slice(&current).expect("a configuration");
+    sized["max_vcpus"] = MAX_VCPUS.into();
+    fs::write(directory.join(SIZED), sized.to_string()).expect("a file");
     let network = serde_json::json!({
         "cniVersion": "1.0.0",
         "name": "pods",

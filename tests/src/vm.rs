@@ -79,6 +79,7 @@ impl Vm {
             console: true,
             disk_slots: 0,
             net_slots: 0,
+            hotplug_mib: 0,
             disks: Vec::new(),
             nets: Vec::new(),
             share: None,

@@ -60,6 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         version: VERSION,
         vcpus,
         max_vcpus: vcpus,
+        hotplug_mib: 0,
         memory_mib,
         kvm: Fd(0),
         kernel: Fd(1),

@@ -3,6 +3,7 @@
 use bulkhead_protocol::control::{VERSION, VmConfig};
 
 use crate::arch::layout;
+use crate::virtio::mem;
 
 /// A configuration that cannot be a VM; each names the field and the value.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +25,9 @@ pub enum ConfigError {
     /// Memory.
     #[error("memory_mib is {0}; {min} to {max} are possible", min = layout::MIN_MEMORY_MIB, max = layout::MAX_MEMORY_MIB)]
     Memory(u32),
+    /// Memory to grow by.
+    #[error("hotplug_mib is {0}; a multiple of {align} is needed", align = mem::ALIGNMENT >> 20)]
+    Hotplug(u32),
     /// Kernel parameters.
     #[error("command_line has a character that is not printable ASCII")]
     CommandLine,
@@ -75,6 +79,9 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
     if !(layout::MIN_MEMORY_MIB..=layout::MAX_MEMORY_MIB).contains(&config.memory_mib) {
         return Err(ConfigError::Memory(config.memory_mib));
     }
+    if !(u64::from(config.hotplug_mib) << 20).is_multiple_of(mem::ALIGNMENT) {
+        return Err(ConfigError::Hotplug(config.hotplug_mib));
+    }
     if !config
         .command_line
         .bytes()
@@ -83,7 +90,8 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::CommandLine);
     }
     // Persistent memory, vsock and entropy are always there.
-    let fixed = 3 + u64::from(config.share.is_some()) + u64::from(config.balloon);
+    let fixed =
+        3 + u64::from(config.share.is_some()) + u64::from(config.balloon) + u64::from(config.hotplug_mib > 0);
     let devices = fixed + u64::from(config.net_slots) + u64::from(config.disk_slots);
     if devices > u64::from(layout::MAX_DEVICES) {
         return Err(ConfigError::Devices {
@@ -122,6 +130,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 4,
             memory_mib: 128,
+            hotplug_mib: 256,
             kvm: Fd(0),
             kernel: Fd(1),
             command_line: "quiet a=\"b c\"".into(),
@@ -152,7 +161,7 @@ mod tests {
             validate(&config).map_err(|error| error.to_string())
         };
         type Case = (fn(&mut VmConfig), &'static str);
-        let cases: [Case; 12] = [
+        let cases: [Case; 13] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),
@@ -163,6 +172,7 @@ mod tests {
                 |config| config.memory_mib = (1 << 20) + 1,
                 "64 to 1048576 are possible",
             ),
+            (|config| config.hotplug_mib = 100, "hotplug_mib is 100"),
             (|config| config.command_line = "a\nb".into(), "command_line"),
             (|config| config.disk_slots = 1, "slot 1"),
             (|config| config.disk_slots = 16, "disk_slots (16)"),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::control::{
     BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VmConfig,
@@ -14,7 +14,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{cpuid, kernel, layout, mptable, registers};
@@ -22,15 +22,16 @@ use crate::console::{self, Console, Ring};
 use crate::memory::{self, GuestMemory, Image};
 use crate::ports::Ports;
 use crate::vcpu::{Bus, ExitReport, Vcpus};
-use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, DiskError, DiskImage};
 use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::mem::{self, Mem};
 use crate::virtio::mmio::{MmioTransport, Slot, TransportError};
 use crate::virtio::net::{Net, NetError, SlotError};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
+use crate::virtio::{DeviceError, VirtioDevice};
 use crate::{command_line, config, jail};
 
 /// Why a VM could not be built.
@@ -106,6 +107,18 @@ pub enum BuildError {
     /// More devices than interrupt lines.
     #[error("{0} devices are over the limit of {max}", max = layout::MAX_DEVICES)]
     TooManyDevices(usize),
+    /// The processor cannot address all memory.
+    #[error("hotplug_mib is {0}: the end is beyond the {1} address bits of the host")]
+    AddressBits(u32, u32),
+    /// More memory than there may be.
+    #[error("mib is {0}; the guest can grow by {1}")]
+    HotplugSize(u32, u32),
+    /// Memory device.
+    #[error("Cannot ask the guest to change its memory")]
+    Hotplug(#[source] DeviceError),
+    /// Number of vCPUs.
+    #[error("count is {0}; 1 to max_vcpus ({1}) are possible")]
+    VcpuCount(u8, u8),
     /// Transport.
     #[error("Cannot wire a device")]
     Transport(#[source] TransportError),
@@ -134,6 +147,8 @@ pub struct Machine {
     pub nets: Vec<Arc<Mutex<Net>>>,
     /// Memory given back by the guest.
     pub balloon: Option<Arc<Mutex<Balloon>>>,
+    /// Memory the guest can grow by.
+    pub hotplug: Option<Hotplug>,
     /// The processors.
     pub vcpus: Vcpus,
     /// Output of the serial console.
@@ -142,7 +157,9 @@ pub struct Machine {
     pub exit_event: EventFd,
     /// Why the VM ended.
     pub exits: Receiver<ExitReason>,
-    _vm: VmFd,
+    max_vcpus: u8,
+    supported: CpuId,
+    vm: VmFd,
     _image: Image,
 }
 
@@ -173,8 +190,8 @@ impl Machine {
             .map_err(kvm("tell its CPUID"))?;
         let vm = create_vm(&hypervisor)?;
         disable_performance_monitor(&vm)?;
-        let memory = memory::allocate(config.memory_mib).map_err(BuildError::Memory)?;
-        let mut memory_slots = add_memory(&vm, &memory)?;
+        let ram = memory::allocate(config.memory_mib).map_err(BuildError::Memory)?;
+        let mut memory_slots = add_memory(&vm, &ram)?;
         let image_file = File::from(take("root", config.root)?);
         let image = Image::map(&image_file).map_err(BuildError::Memory)?;
         let image_start = layout::persistent_memory_start(config.memory_mib);
@@ -187,6 +204,17 @@ impl Machine {
             image.address,
             KVM_MEM_READONLY,
         )?;
+        let supported = hypervisor
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("tell its CPUID"))?;
+        let (memory, hotplug) = match config.hotplug_mib {
+            0 => (ram.clone(), None),
+            mib => {
+                let start = layout::hotplug_start(image_start + image.length);
+                let (memory, hotplug) = Hotplug::new(&ram, start, mib, memory_slots, &supported)?;
+                (memory, Some(hotplug))
+            }
+        };
         // Interrupt controllers in the kernel; no PIT, the guest has the TSC-deadline timer.
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(kvm("place its identity map"))?;
@@ -196,7 +224,7 @@ impl Machine {
             .map_err(kvm("create interrupt controllers"))?;
         times.memory = now();
 
-        let entry = kernel::load(&memory, &mut kernel_file).map_err(BuildError::Kernel)?;
+        let entry = kernel::load(&ram, &mut kernel_file).map_err(BuildError::Kernel)?;
         times.kernel = now();
 
         // Devices, in the order in which the guest needs them.
@@ -223,6 +251,9 @@ impl Machine {
         let balloon = config.balloon.then(|| Arc::new(Mutex::new(Balloon::new())));
         if let Some(balloon) = &balloon {
             devices.push(balloon.clone());
+        }
+        if let Some(hotplug) = &hotplug {
+            devices.push(hotplug.device.clone());
         }
         let mut nets = Vec::new();
         for slot in 0..config.net_slots {
@@ -273,9 +304,10 @@ impl Machine {
             &slots,
             &config.command_line,
         );
-        kernel::write_boot_data(&memory, &line).map_err(BuildError::Kernel)?;
-        mptable::write(&memory, config.max_vcpus).map_err(BuildError::MpTable)?;
-        let vcpus = (0..config.max_vcpus)
+        kernel::write_boot_data(&ram, &line).map_err(BuildError::Kernel)?;
+        mptable::write(&ram, config.max_vcpus).map_err(BuildError::MpTable)?;
+        // The others are made when they are wanted.
+        let vcpus = (0..config.vcpus)
             .map(|id| create_vcpu(&vm, &supported, id, config.max_vcpus))
             .collect::<Result<Vec<_>, _>>()?;
         registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
@@ -291,26 +323,119 @@ impl Machine {
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
         let (reasons, exits) = std::sync::mpsc::channel();
         times.running = now();
-        let vcpus = Vcpus::start(vcpus, &bus, || {
-            Ok(ExitReport {
-                reasons: reasons.clone(),
-                event: exit_event.try_clone()?,
-            })
-        })
-        .map_err(BuildError::Host)?;
+        let report = ExitReport {
+            reasons,
+            event: exit_event.try_clone().map_err(BuildError::Host)?,
+        };
+        let vcpus = Vcpus::start(vcpus, bus, report).map_err(BuildError::Host)?;
         Ok(Self {
             devices: transports,
             vsock,
             disks,
             nets,
             balloon,
+            hotplug,
             vcpus,
             console: ring,
             exit_event,
             exits,
-            _vm: vm,
+            max_vcpus: config.max_vcpus,
+            supported,
+            vm,
             _image: image,
         })
+    }
+
+    /// Makes the vCPUs below `count` exist. They wait for the guest to start them.
+    ///
+    /// # Errors
+    /// [`BuildError`]; those made stay.
+    pub fn add_vcpus(&mut self, count: u8) -> Result<(), BuildError> {
+        if count == 0 || count > self.max_vcpus {
+            return Err(BuildError::VcpuCount(count, self.max_vcpus));
+        }
+        for id in self.vcpus.len() as u8..count {
+            let vcpu = create_vcpu(&self.vm, &self.supported, id, self.max_vcpus)?;
+            self.vcpus.add(vcpu).map_err(BuildError::Host)?;
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to have `mib` MiB more than at boot.
+    ///
+    /// # Errors
+    /// [`BuildError`]; the guest has been asked for nothing then.
+    pub fn set_memory(&mut self, mib: u32) -> Result<(), BuildError> {
+        match &mut self.hotplug {
+            Some(hotplug) => hotplug.request(&self.vm, mib),
+            None if mib == 0 => Ok(()),
+            None => Err(BuildError::HotplugSize(mib, 0)),
+        }
+    }
+}
+
+/// Memory that the guest can get while it runs.
+#[derive(Debug)]
+pub struct Hotplug {
+    /// The device.
+    pub device: Arc<Mutex<Mem>>,
+    start: u64,
+    size: u64,
+    /// Where the range is mapped in this process.
+    host: u64,
+    /// Bytes from its start that KVM knows.
+    registered: u64,
+    /// Memory slots in use.
+    slots: u32,
+}
+
+impl Hotplug {
+    /// Maps `mib` MiB at guest-physical `start`; also `ram` with it. `slots` memory slots are in use.
+    fn new(
+        ram: &GuestMemory,
+        start: u64,
+        mib: u32,
+        slots: u32,
+        supported: &CpuId,
+    ) -> Result<(GuestMemory, Self), BuildError> {
+        let size = u64::from(mib) << 20;
+        let bits = cpuid::address_bits(supported);
+        if (start + size) >> bits != 0 {
+            return Err(BuildError::AddressBits(mib, bits));
+        }
+        let memory = memory::with_hotplug(ram, start, mib).map_err(BuildError::Memory)?;
+        let host = memory
+            .get_host_address(GuestAddress(start))
+            .map_err(BuildError::Address)? as u64;
+        let hotplug = Self {
+            device: Arc::new(Mutex::new(Mem::new(start, size))),
+            start,
+            size,
+            host,
+            registered: 0,
+            slots,
+        };
+        Ok((memory, hotplug))
+    }
+
+    fn request(&mut self, vm: &VmFd, mib: u32) -> Result<(), BuildError> {
+        let wanted = u64::from(mib) << 20;
+        if wanted > self.size {
+            return Err(BuildError::HotplugSize(mib, (self.size >> 20) as u32));
+        }
+        let usable = wanted.next_multiple_of(mem::ALIGNMENT).min(self.size);
+        // KVM keeps books about all of a slot: only what may be used is in one.
+        if usable > self.registered {
+            let added = self.registered;
+            let (guest, host) = (self.start + added, self.host + added);
+            add_memory_slot(vm, &mut self.slots, guest, usable - added, host, 0)?;
+            self.registered = usable;
+        }
+        self.device
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .request(wanted, usable)
+            .map_err(BuildError::Hotplug)
     }
 }
 

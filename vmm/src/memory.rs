@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::{io, ptr};
 
-use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::arch::layout;
 
@@ -27,6 +27,9 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::FromRangesError,
     },
+    /// Memory to grow by does not fit in.
+    #[error("Cannot place memory that can be added")]
+    Insert(#[source] vm_memory::GuestRegionCollectionError),
     /// An address does not exist in the mapping just made.
     #[error("Cannot find guest memory just mapped")]
     Address(#[source] vm_memory::GuestMemoryError),
@@ -49,8 +52,25 @@ pub enum MemoryError {
 /// # Errors
 /// [`MemoryError`].
 pub fn allocate(mib: u32) -> Result<GuestMemory, MemoryError> {
-    let memory = GuestMemory::from_ranges(&layout::ram_ranges(mib))
-        .map_err(|source| MemoryError::Map { mib, source })?;
+    map(mib, &layout::ram_ranges(mib))
+}
+
+/// Guest memory made larger by `mib` MiB from `start` on, behind which there is nothing until it is touched. The rest
+/// is shared with `memory`.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn with_hotplug(memory: &GuestMemory, start: u64, mib: u32) -> Result<GuestMemory, MemoryError> {
+    let size = (mib as usize) << 20;
+    let added = map(mib, &[(GuestAddress(start), size)])?;
+    let (_, region) = added
+        .remove_region(GuestAddress(start), size as u64)
+        .map_err(MemoryError::Insert)?;
+    memory.insert_region(region).map_err(MemoryError::Insert)
+}
+
+fn map(mib: u32, ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryError> {
+    let memory = GuestMemory::from_ranges(ranges).map_err(|source| MemoryError::Map { mib, source })?;
     for region in memory.iter() {
         let start = region
             .get_host_address(MemoryRegionAddress(0))
@@ -110,6 +130,8 @@ mod tests {
 
     use std::io::Write;
 
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -130,6 +152,21 @@ mod tests {
         ));
         file.set_len(PERSISTENT_ALIGNMENT).unwrap();
         assert_eq!(Image::map(&file).unwrap().length, PERSISTENT_ALIGNMENT);
+    }
+
+    #[test]
+    fn added_memory_is_behind_the_rest() {
+        let ram = allocate(64).unwrap();
+        ram.write_obj(5u8, GuestAddress(0x1000)).unwrap();
+        let memory = with_hotplug(&ram, 4 << 30, 256).unwrap();
+        let regions: Vec<_> = memory
+            .iter()
+            .map(|region| (region.start_addr().0, region.len()))
+            .collect();
+        assert_eq!(regions, [(0, 64 << 20), (4 << 30, 256 << 20)]);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1000)).unwrap(), 5);
+        assert_eq!(ram.num_regions(), 1);
+        assert!(with_hotplug(&ram, 32 << 20, 128).is_err());
     }
 
     #[test]

@@ -101,6 +101,8 @@ struct Server<'a> {
     poll: Epoll,
     devices: DeviceLoop,
     paused: bool,
+    /// Added memory the sandbox was told of.
+    memory_mib: u32,
 }
 
 impl<'a> Server<'a> {
@@ -120,6 +122,7 @@ impl<'a> Server<'a> {
             poll,
             devices,
             paused: false,
+            memory_mib: 0,
         })
     }
 
@@ -151,7 +154,20 @@ impl<'a> Server<'a> {
                 }
             }
             self.send_vsock_events()?;
+            self.send_memory_size()?;
         }
+    }
+
+    /// Tells of memory that the guest has taken or given back.
+    fn send_memory_size(&mut self) -> Result<(), ServerError> {
+        let Some(hotplug) = &self.machine.hotplug else {
+            return Ok(());
+        };
+        let mib = (lock(&hotplug.device).plugged() >> 20) as u32;
+        if std::mem::replace(&mut self.memory_mib, mib) == mib {
+            return Ok(());
+        }
+        send(self.channel, &VmmMessage::Event(Event::MemorySize { mib }))
     }
 
     fn send_vsock_events(&mut self) -> Result<(), ServerError> {
@@ -246,6 +262,12 @@ impl<'a> Server<'a> {
             Request::SetBalloon { mib } => {
                 let balloon = self.machine.balloon.as_ref().ok_or("The VM has no balloon")?;
                 lock(balloon).set_target_mib(mib).map_err(|error| text(&error))?;
+            }
+            Request::AddVcpus { count } => {
+                self.machine.add_vcpus(count).map_err(|error| text(&error))?;
+            }
+            Request::SetMemory { mib } => {
+                self.machine.set_memory(mib).map_err(|error| text(&error))?;
             }
             Request::Inspect => return Ok(Some(Reply::Inspected(self.inspect()))),
         }

@@ -68,6 +68,13 @@ pub struct ExitReport {
 }
 
 impl ExitReport {
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            reasons: self.reasons.clone(),
+            event: self.event.try_clone()?,
+        })
+    }
+
     fn send(&self, reason: ExitReason) {
         // The receiver and the eventfd live as long as the process.
         let _ = self.reasons.send(reason);
@@ -101,6 +108,8 @@ impl ImmediateExit {
 #[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
+    bus: Arc<Bus>,
+    report: ExitReport,
     threads: Vec<(JoinHandle<()>, ImmediateExit)>,
 }
 
@@ -110,30 +119,49 @@ impl Vcpus {
     /// # Errors
     /// The signal handler or a thread could not be made; threads already started go on until the process
     /// ends.
-    pub fn start(
-        vcpus: Vec<VcpuFd>,
-        bus: &Arc<Bus>,
-        report: impl Fn() -> io::Result<ExitReport>,
-    ) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, report: ExitReport) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), interrupt).map_err(io::Error::from)?;
-        let gate = Arc::new(Gate::default());
-        let mut threads = Vec::new();
-        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
-            let immediate_exit = ImmediateExit(ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit).cast());
-            let (bus, gate, report) = (bus.clone(), gate.clone(), report()?);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK_SIZE)
-                .spawn(move || {
-                    let immediate_exit = immediate_exit;
-                    run(&mut vcpu, &bus, &gate, immediate_exit, &report);
-                    gate.leave();
-                    // Its page must stay mapped for `ImmediateExit`.
-                    std::mem::forget(vcpu);
-                })?;
-            threads.push((thread, immediate_exit));
+        let mut started = Self {
+            gate: Arc::new(Gate::default()),
+            bus,
+            report,
+            threads: Vec::new(),
+        };
+        for vcpu in vcpus {
+            started.add(vcpu)?;
         }
-        Ok(Self { gate, threads })
+        Ok(started)
+    }
+
+    /// Number of vCPUs.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Starts the thread of one more vCPU. While the VM is paused it waits.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn add(&mut self, mut vcpu: VcpuFd) -> io::Result<()> {
+        let immediate_exit = ImmediateExit(ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit).cast());
+        let (bus, gate, report) = (self.bus.clone(), self.gate.clone(), self.report.try_clone()?);
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{}", self.threads.len()))
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                let immediate_exit = immediate_exit;
+                run(&mut vcpu, &bus, &gate, immediate_exit, &report);
+                gate.leave();
+                // Its page must stay mapped for `ImmediateExit`.
+                std::mem::forget(vcpu);
+            })?;
+        self.threads.push((thread, immediate_exit));
+        Ok(())
     }
 
     /// Stops all vCPUs at an instruction boundary; returns when they have stopped.
@@ -272,8 +300,17 @@ mod tests {
         let thread = std::thread::spawn(move || {
             let _ = done.recv();
         });
+        let memory = Arc::new(crate::memory::allocate(64).unwrap());
         let vcpus = Vcpus {
             gate: Arc::default(),
+            bus: Arc::new(Bus {
+                ports: Ports::new(None, memory),
+                devices: Vec::new(),
+            }),
+            report: ExitReport {
+                reasons: std::sync::mpsc::channel().0,
+                event: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            },
             threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
         };
         assert_eq!(vcpus.pause().unwrap_err().kind(), io::ErrorKind::TimedOut);
@@ -300,16 +337,13 @@ mod tests {
             })
         });
         gate.leave();
-        let vcpus = Vcpus {
-            gate: gate.clone(),
-            threads: Vec::new(),
-        };
         let mut parked = lock(&gate.parked);
         while *parked < 3 {
             parked = gate.changed.wait(parked).unwrap();
         }
         drop(parked);
-        vcpus.resume();
+        gate.wanted.store(RUN, Ordering::SeqCst);
+        gate.changed.notify_all();
         for thread in threads {
             thread.join().unwrap();
         }

@@ -23,7 +23,7 @@ use crate::cgroup::{Cgroup, CgroupError, DeviceRules, Watch, attach_device_filte
 use crate::error::{Error, chain};
 use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
-use crate::storage::{Plan, RUN};
+use crate::storage::{Plan, RUN, disk};
 use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
 
 /// How long undoing it may take.
@@ -80,6 +80,7 @@ impl Containers {
             &directory,
             request.root.get_or_default(),
             &request.disk_mounts,
+            &request.block_devices,
             &mut self.partitions(),
         )?;
         let container = Arc::new(Container::new(id, directory, plan, self.events.clone()));
@@ -222,7 +223,17 @@ fn prepare(
         terminal,
         // Opened by libcontainer in a process that has inherited the descriptor.
         pid_namespace: pid_namespace.map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()).into()),
-        device: &device_node,
+        device: &|path| {
+            let block = container
+                .plan
+                .block_devices
+                .iter()
+                .find(|device| device.path == path);
+            match block {
+                Some(device) => device_node(&disk::node(device.slot)?),
+                None => device_node(path),
+            }
+        },
     };
     let adapted = adapt(spec, &guest).map_err(Error::Spec)?;
     for notice in &adapted.notices {

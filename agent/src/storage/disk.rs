@@ -97,6 +97,11 @@ pub struct Partition {
     pub length: u64,
 }
 
+/// Device node of a disk slot, whatever is in it.
+pub fn node(slot: u32) -> Option<PathBuf> {
+    find(slot).map(|(name, _)| Path::new("/dev").join(name))
+}
+
 /// Waits for a disk, makes the partition if one is given, and returns the device node.
 ///
 /// # Errors

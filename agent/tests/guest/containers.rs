@@ -139,7 +139,7 @@ pub async fn failed_creations_leave_nothing(guest: &Guest) {
         ),
         (
             with("/linux/sysctl", json!({"net.nosuch": "1"})),
-            Code::INTERNAL,
+            Code::INVALID_ARGUMENT,
             "cannot set net.nosuch",
         ),
         (

@@ -11,6 +11,7 @@ fn config() -> VmConfig {
         version: VERSION,
         vcpus: 1,
         max_vcpus: 2,
+        hotplug_mib: 1024,
         memory_mib: 128,
         kvm: Fd(0),
         kernel: Fd(1),

@@ -83,3 +83,79 @@ fn directories_are_made_and_removed_in_a_plain_tree() {
     fs::remove_dir_all(&root).unwrap();
     cgroup.remove().unwrap();
 }
+
+fn value(limits: &HostLimits, file: &str) -> String {
+    let settings = limits.settings();
+    let (_, value) = settings.iter().find(|(name, _)| *name == file).unwrap();
+    value.clone()
+}
+
+#[test]
+fn limits_become_the_files_of_version_2() {
+    let limits = HostLimits {
+        memory_max: 1 << 30,
+        cpu_milli: Some(1600),
+        cpu_shares: Some(1024),
+        cpus: Some("1,3".into()),
+        mems: Some("0".into()),
+        io_weight: Some(1000),
+    };
+    let files = [
+        "memory.max",
+        "cpu.max",
+        "cpu.weight",
+        "cpuset.cpus",
+        "cpuset.mems",
+        "io.weight",
+    ];
+    assert_eq!(
+        files.map(|file| value(&limits, file)),
+        ["1073741824", "160000 100000", "39", "1,3", "0", "default 10000"]
+    );
+    let none = HostLimits::default();
+    assert_eq!(
+        files.map(|file| value(&none, file)),
+        ["0", "max 100000", "100", "", "", "default 100"]
+    );
+}
+
+#[test]
+fn the_kernels_bounds_are_kept() {
+    let of = |milli, shares, weight| {
+        let limits = HostLimits {
+            cpu_milli: Some(milli),
+            cpu_shares: Some(shares),
+            io_weight: Some(weight),
+            ..HostLimits::default()
+        };
+        ["cpu.max", "cpu.weight", "io.weight"].map(|file| value(&limits, file))
+    };
+    assert_eq!(of(1, 0, 0), ["1000 100000", "1", "default 1"]);
+    let largest = of(u64::MAX, u64::MAX, u16::MAX);
+    assert_eq!(
+        (largest[1].as_str(), largest[2].as_str()),
+        ("10000", "default 10000")
+    );
+}
+
+#[test]
+fn only_what_changes_is_written_and_what_is_missing_is_left_out() {
+    let root = std::env::temp_dir().join(format!("bulkhead-limits-{}", std::process::id()));
+    let cgroup = Cgroup {
+        root: root.clone(),
+        relative: "pod".into(),
+    };
+    fs::create_dir_all(cgroup.path()).unwrap();
+    for (file, text) in [("memory.max", "max\n"), ("cpu.max", "max 100000\n")] {
+        fs::write(cgroup.path().join(file), text).unwrap();
+    }
+    let read = |file: &str| fs::read_to_string(cgroup.path().join(file)).unwrap();
+    cgroup.limit(&HostLimits {
+        memory_max: 4096,
+        ..HostLimits::default()
+    });
+    assert!(read("memory.max").starts_with("4096"), "{}", read("memory.max"));
+    assert_eq!(read("cpu.max"), "max 100000\n");
+    assert!(!cgroup.path().join("cpu.weight").exists());
+    fs::remove_dir_all(root).unwrap();
+}

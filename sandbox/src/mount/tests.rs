@@ -59,7 +59,37 @@ fn long_lower_dirs_become_relative() {
     assert_eq!(data, "workdir=/x/w,lowerdir=1/fs:20/fs");
 }
 
+#[test]
+fn mounts_are_listed_with_their_places() {
+    let text = b"22 1 259:0 / / ro,relatime shared:1 - ext4 /dev/root ro\n\
+        30 22 0:25 /sub\\040dir /mnt/a\\040b rw - tmpfs tmpfs rw\nbroken\n";
+    let mounts = info::parse(text);
+    assert_eq!(mounts.len(), 2);
+    assert_eq!((mounts[1].id, mounts[1].parent), (30, 22));
+    assert_eq!(mounts[1].device, "0:25");
+    assert_eq!(mounts[1].root, Path::new("/sub dir"));
+    assert_eq!(mounts[1].point, Path::new("/mnt/a b"));
+    assert!(info::has_below(&mounts, 22, Path::new("/mnt")));
+    assert!(!info::has_below(&mounts, 22, Path::new("/mnt/a b")));
+    assert!(!info::has_below(&mounts, 30, Path::new("/")));
+}
+
+#[test]
+fn a_source_knows_its_place() {
+    let (path, mount) = Source::open(Path::new("/proc/self/../self/status"))
+        .unwrap()
+        .place()
+        .unwrap();
+    assert!(path.ends_with("status") && path.starts_with("/proc"));
+    assert!(info::list().unwrap().iter().any(|info| info.id == mount));
+}
+
 proptest! {
+    #[test]
+    fn any_list_of_mounts_parses(text in "[\\\\0-9a: /\n-]{0,80}") {
+        info::parse(text.as_bytes());
+    }
+
     /// Every option ends up exactly once: as a flag, or, unchanged and in order, as data.
     #[test]
     fn unknown_options_are_kept_in_order(names in proptest::collection::vec("[a-w]{3}=[a-z0-9/]{1,8}", 0..8)) {

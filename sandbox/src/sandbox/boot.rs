@@ -92,6 +92,7 @@ impl Sandbox {
         tokio::spawn(async move { listener.run_events(events).await });
         let guest = Guest { vm, agent };
         self.follow_network(&guest);
+        tokio::spawn(self.clone().follow_memory(guest.vm.clone()));
         Ok(guest)
     }
 
@@ -154,11 +155,16 @@ impl Sandbox {
             .collect();
         let net_slots = net_slots(nets.len(), config);
         self.network().slots = net_slots;
+        let (size, max_vcpus, hotplug_mib) = {
+            let sizing = &self.lock().sizing;
+            (sizing.boot(), sizing.max_vcpus(), sizing.hotplug_mib())
+        };
         let vm_config = VmConfig {
             version: control::VERSION,
-            vcpus: config.vcpus,
-            max_vcpus: config.vcpus,
-            memory_mib: config.memory_mib,
+            vcpus: size.vcpus,
+            max_vcpus,
+            memory_mib: size.memory_mib,
+            hotplug_mib,
             kvm,
             kernel,
             command_line: config.kernel_parameters.clone(),

@@ -6,6 +6,7 @@ use bulkhead_protocol::agent::{
 };
 use bulkhead_protocol::control::{Disk, Fd, Request};
 
+use super::resize::Resize;
 use super::*;
 use crate::spec;
 use crate::storage::{PreparedDisk, PreparedRoot, StorageError, plan_root};
@@ -65,22 +66,38 @@ impl Sandbox {
         if role == Role::Container {
             spec::add_mounts(&mut spec, self.0.files.keys().map(String::as_str));
         }
+        {
+            let sizing = &mut self.lock().sizing;
+            sizing.add(&id, Demand::of_container(&spec));
+            if let Some(linux) = spec.linux_mut()
+                && let Some(resources) = linux.resources_mut()
+            {
+                resize::translate(resources, sizing, &id);
+            }
+        }
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
         let plan = plan_root(&root, &root_path)?;
-        let rewritten = spec::rewrite(spec, &id, spec::probe)?;
+        let mut rewritten = spec::rewrite(spec, spec::probe)?;
 
         // The mounts are made while the guest boots, on a thread of their own: a slow file system must not
         // keep other requests waiting.
-        let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes);
+        let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes.clone());
         let preparing = tokio::task::spawn_blocking(move || {
             tree.map(|tree| tree.prepare(&folder, &plan, &volumes))
                 .transpose()
         });
         let (guest, prepared) = tokio::join!(self.guest(), preparing);
         let (guest, prepared) = (guest?, prepared.map_err(Error::Task)??);
-        let prepared = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
-        let root = self.attach_root(&guest, &id, prepared).await?;
+        let (root, volumes) = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
+        self.adjust(&guest, Resize::Grow).await?;
+        let root = self.attach_root(&guest, &id, root).await?;
+        let mut sources = Vec::new();
+        for volume in &volumes {
+            sources.push(self.provide_volume(&guest, volume).await?);
+        }
+        let block_volumes = std::mem::take(&mut rewritten.block_volumes);
+        let block_devices = self.attach_block_volumes(&guest, &id, block_volumes).await?;
         let (streams, open) = self.0.streams.open(&guest.vm, stdio, None).await?;
         self.with(&id, |record| {
             record.streams.insert(String::new(), open);
@@ -88,13 +105,15 @@ impl Sandbox {
         })?;
         let message = CreateContainerRequest {
             container_id: id,
-            spec_json: rewritten.json,
+            spec_json: rewritten.finish(&sources)?,
+            block_devices,
             root: Some(root).into(),
             streams: Some(streams).into(),
             pid_namespace: pid_namespace_message(pid_namespace).into(),
             ..CreateContainerRequest::default()
         };
-        guest.agent.create_container(&message).await.map(drop)
+        guest.agent.create_container(&message).await?;
+        self.adjust(&guest, Resize::Fit).await
     }
 
     async fn attach_root(
@@ -139,7 +158,7 @@ impl Sandbox {
     }
 
     /// Puts a disk into a free slot; the file systems in it.
-    async fn attach_disk(
+    pub(super) async fn attach_disk(
         &self,
         guest: &Guest,
         id: &str,
@@ -381,6 +400,7 @@ impl Sandbox {
                 Err(error) => log::warn!("{}", crate::error::chain(&error)),
             }
         }
+        self.shrink(id).await;
         for streams in streams {
             self.unlisten(vm.as_ref(), &streams).await;
         }
@@ -395,6 +415,7 @@ impl Sandbox {
                 *used = false;
             }
         }
+        self.release_volumes(id).await;
         let tree = self.0.tree.clone();
         if let (Some(tree), false) = (tree, is_sandbox) {
             let id = id.to_owned();

@@ -2,7 +2,7 @@
 
 use bulkhead_protocol::agent::{
     ContainerStatsRequest, ContainerStatsResponse, ListProcessesRequest, PauseContainerRequest,
-    ResizeTerminalRequest, ResumeContainerRequest, SignalProcessRequest, UpdateContainerRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, SignalProcessRequest,
 };
 
 use super::*;
@@ -254,26 +254,6 @@ impl Sandbox {
                 Ok(())
             }
         })
-    }
-
-    /// Changes a container's limits; `resources_json` is an OCI `LinuxResources` object.
-    ///
-    /// # Errors
-    /// [`Error::State`], or the agent's reason.
-    pub async fn update(&self, id: &str, resources_json: Vec<u8>) -> Result<(), Error> {
-        let is_sandbox = self.with(id, |record| {
-            record.machine.check_update()?;
-            Ok(record.is_sandbox)
-        })?;
-        if is_sandbox {
-            return Err(Error::Unsupported("changing the size of a running sandbox"));
-        }
-        let request = UpdateContainerRequest {
-            container_id: id.into(),
-            resources_json,
-            ..Default::default()
-        };
-        self.agent_now()?.update_container(&request).await.map(drop)
     }
 
     /// A container's counters. The sandbox container's are those of the pod's cgroup on the host.

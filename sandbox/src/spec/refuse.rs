@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
 use super::{SpecError, network_namespace};
 
@@ -123,16 +123,17 @@ fn check_namespace(namespace: &LinuxNamespace, role: Role) -> Result<(), SpecErr
 fn check_devices(linux: &Linux) -> Result<(), SpecError> {
     let mut devices = linux.devices().iter().flatten();
     let foreign = devices.find(|device| {
-        !STANDARD_DEVICES
-            .iter()
-            .any(|path| device.path() == Path::new(path))
+        device.typ() != LinuxDeviceType::B
+            && !STANDARD_DEVICES
+                .iter()
+                .any(|path| device.path() == Path::new(path))
     });
     match foreign {
         None => Ok(()),
         Some(device) => Err(unsupported(
             "linux.devices",
             device.path().display().to_string(),
-            "devices of the host cannot be passed to the virtual machine \
+            "devices of the host other than disks cannot be passed to the virtual machine \
              (for privileged pods set privileged_without_host_devices for this runtime)",
         )),
     }

@@ -18,11 +18,13 @@ fn directory(_: &Path) -> std::io::Result<SourceKind> {
 }
 
 fn run(spec: Spec) -> Result<(Value, Vec<Volume>), SpecError> {
-    rewrite(spec, "cid", directory).map(|rewritten| {
-        (
-            serde_json::from_slice(&rewritten.json).unwrap(),
-            rewritten.volumes,
-        )
+    rewrite(spec, directory).map(|rewritten| {
+        let volumes = rewritten.volumes.clone();
+        let sources: Vec<_> = (0..volumes.len())
+            .map(|n| PathBuf::from(format!("/guest/{n}")))
+            .collect();
+        let json = rewritten.finish(&sources).unwrap();
+        (serde_json::from_slice(&json).unwrap(), volumes)
     })
 }
 
@@ -45,8 +47,8 @@ fn bind_mounts_become_volumes() {
         {"destination": "/data", "source": "/b", "options": ["bind", "rw"]},
     ])))
     .unwrap();
-    assert_eq!(json["mounts"][0]["source"], "/run/bulkhead/shared/cid/mounts/0");
-    assert_eq!(json["mounts"][1]["source"], "/run/bulkhead/shared/cid/mounts/1");
+    assert_eq!(json["mounts"][0]["source"], "/guest/0");
+    assert_eq!(json["mounts"][1]["source"], "/guest/1");
     assert_eq!(json["mounts"][1]["type"], "bind");
     assert_eq!(json["mounts"][0]["options"], json!(["rbind", "ro"]));
     assert_eq!(volumes[0].source, Path::new("/a/hosts"));
@@ -69,19 +71,14 @@ fn shared_memory_and_devices_are_the_guests() {
 fn what_cannot_be_shared_is_refused_by_name() {
     let socket = |_: &Path| Ok(SourceKind::Other("a socket"));
     let spec = base(json!([{"destination": "/s", "type": "bind", "source": "/run/docker.sock"}]));
-    let error = rewrite(spec, "cid", socket).unwrap_err();
+    let error = rewrite(spec, socket).unwrap_err();
     assert!(
         error.to_string().contains("/run/docker.sock (a socket)"),
         "{error}"
     );
     let missing = |_: &Path| Err(std::io::Error::from(std::io::ErrorKind::NotFound));
     let spec = base(json!([{"destination": "/s", "type": "bind", "source": "/gone"}]));
-    assert!(
-        rewrite(spec, "cid", missing)
-            .unwrap_err()
-            .to_string()
-            .contains("/gone")
-    );
+    assert!(rewrite(spec, missing).unwrap_err().to_string().contains("/gone"));
     let error = run(base(
         json!([{"destination": "/s", "type": "nfs", "source": "x:/"}]),
     ))
@@ -127,21 +124,18 @@ fn the_network_namespace_is_found() {
 }
 
 proptest! {
-    /// Every bind mount gets a source below the container's own folder, and each its own.
+    /// Every bind mount gets the source that stands for it, and no other.
     #[test]
-    fn volumes_stay_in_the_containers_folder(names in proptest::collection::vec("[a-z.]{1,6}", 0..10)) {
+    fn volumes_get_their_sources(names in proptest::collection::vec("[a-z.]{1,6}", 0..10)) {
         let mounts: Vec<Value> = names
             .iter()
             .map(|name| json!({"destination": format!("/m/{name}"), "type": "bind", "source": format!("/h/{name}")}))
             .collect();
         let (json, volumes) = run(base(Value::Array(mounts))).unwrap();
         prop_assert_eq!(volumes.len(), names.len());
-        let mut sources: Vec<String> = (0..names.len())
-            .map(|n| json["mounts"][n]["source"].as_str().unwrap().to_owned())
-            .collect();
-        prop_assert!(sources.iter().all(|source| source.starts_with("/run/bulkhead/shared/cid/mounts/")));
-        sources.sort();
-        sources.dedup();
-        prop_assert_eq!(sources.len(), names.len());
+        for (number, volume) in volumes.iter().enumerate() {
+            prop_assert_eq!(&json["mounts"][number]["source"], &json!(format!("/guest/{number}")));
+            prop_assert_eq!(volume.mount, number);
+        }
     }
 }

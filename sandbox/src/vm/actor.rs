@@ -27,6 +27,7 @@ pub(super) struct Actor {
     pub next_id: u64,
     pub events: mpsc::UnboundedSender<VsockEvent>,
     pub exit: Option<Exit>,
+    pub memory: watch::Sender<u32>,
     pub oom_kills_before: u64,
     pub cgroup: Option<Cgroup>,
     pub stderr: Lines,
@@ -113,6 +114,9 @@ impl Actor {
                 self.tell(VsockEvent::FirstData(port, monotonic_us));
             }
             VmmMessage::Event(Event::VsockClosed { port }) => self.tell(VsockEvent::Closed(port)),
+            VmmMessage::Event(Event::MemorySize { mib }) => {
+                self.memory.send_replace(mib);
+            }
             VmmMessage::Event(Event::Exited(exit)) => self.exit = Some(exit),
         }
     }

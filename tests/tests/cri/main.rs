@@ -20,7 +20,13 @@ use bulkhead_tests::Fixture;
 
 mod containers;
 mod ends;
+mod limits;
+mod network;
+mod resources;
 mod sandbox;
+mod scale;
+mod security;
+mod volumes;
 
 /// The probe: beside this program, or where the build left it.
 fn probe() -> PathBuf {

@@ -1,6 +1,6 @@
 //! The pod itself: names, files, namespaces, parameters of the kernel.
 
-use bulkhead_tests::cri::api::{DnsConfig, NamespaceMode};
+use bulkhead_tests::cri::api::{DnsConfig, NamespaceMode, StatusRequest, VersionRequest};
 
 use crate::pods;
 
@@ -143,4 +143,61 @@ fn an_unknown_handler_is_refused() {
     let refused = test.pod("pod").handler("no-such-handler").try_run();
     let status = refused.unwrap_err();
     assert!(status.message.contains("no-such-handler"), "{status}");
+}
+
+#[test]
+fn the_runtime_says_who_it_is() {
+    let test = pods("runtime");
+    let version = test.cri().version(&VersionRequest::default()).unwrap();
+    assert_eq!(
+        (
+            version.runtime_name.as_str(),
+            version.runtime_api_version.as_str()
+        ),
+        ("containerd", "v1")
+    );
+    let status = test.cri().status(&StatusRequest::default()).unwrap();
+    for wanted in ["RuntimeReady", "NetworkReady"] {
+        let condition = status
+            .status
+            .conditions
+            .iter()
+            .find(|condition| condition.type_ == wanted);
+        assert!(condition.unwrap().status, "{condition:?}");
+    }
+}
+
+#[test]
+fn what_a_pod_is_made_from_is_told_back() {
+    let test = pods("attributes");
+    let pod = test
+        .pod("pod")
+        .with(|config| {
+            config.labels.insert("app".into(), "web".into());
+            config.annotations.insert("example/note".into(), "kept".into());
+            config.metadata.mut_or_insert_default().attempt = 2;
+        })
+        .run();
+    let status = pod.status();
+    assert_eq!(status.metadata, pod.config.metadata);
+    assert_eq!(
+        (&status.labels, &status.annotations),
+        (&pod.config.labels, &pod.config.annotations)
+    );
+    assert!(status.created_at > 0);
+    let main = pod
+        .container("main", &["sleep", "1000"])
+        .attempt(3)
+        .with(|config| {
+            config.labels.insert("part".into(), "main".into());
+            config.annotations.insert("example/other".into(), "kept".into());
+        })
+        .start();
+    let status = main.status();
+    assert_eq!(status.metadata, main.config.metadata);
+    assert_eq!(
+        (&status.labels, &status.annotations),
+        (&main.config.labels, &main.config.annotations)
+    );
+    assert!(status.created_at > 0 && status.started_at >= status.created_at && status.finished_at == 0);
 }

@@ -39,6 +39,7 @@ mod specification;
 mod streams;
 mod task;
 mod vmm;
+mod volumes;
 
 /// The probe: beside this program, or where the build left it.
 fn probe() -> PathBuf {

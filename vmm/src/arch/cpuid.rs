@@ -27,15 +27,6 @@ pub fn normalize(supported: &CpuId, id: u8, count: u8) -> CpuId {
     cpuid
 }
 
-/// Bits of a guest-physical address.
-pub fn address_bits(supported: &CpuId) -> u32 {
-    let mut entries = supported.as_slice().iter();
-    match entries.find(|entry| entry.function == 0x8000_0008) {
-        Some(entry) if entry.eax & 0xff != 0 => entry.eax & 0xff,
-        _ => DEFAULT_ADDRESS_BITS,
-    }
-}
-
 fn is_amd(supported: &CpuId) -> bool {
     let mut entries = supported.as_slice().iter();
     entries.find(|entry| entry.function == 0).is_some_and(|entry| {
@@ -47,6 +38,15 @@ fn is_amd(supported: &CpuId) -> bool {
 /// Number of bits an APIC id needs when there are `count` of them.
 fn id_bits(count: u32) -> u32 {
     count.next_power_of_two().trailing_zeros()
+}
+
+/// Width of a physical address (leaf 0x8000_0008); 36 bits, which every 64-bit processor has, if it is not told.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let mut entries = supported.as_slice().iter();
+    match entries.find(|entry| entry.function == 0x8000_0008) {
+        Some(entry) if (36..=52).contains(&(entry.eax & 0xff)) => entry.eax & 0xff,
+        _ => DEFAULT_ADDRESS_BITS,
+    }
 }
 
 fn set(register: &mut u32, mask: u32, value: u32) {
@@ -182,15 +182,6 @@ mod tests {
     }
 
     #[test]
-    fn address_bits_are_those_of_the_processor() {
-        let bits = |entry| address_bits(&CpuId::from_entries(&[entry]).unwrap());
-        let mut sizes = leaf(0x8000_0008, 0);
-        sizes.eax = 0x3030;
-        assert_eq!(bits(sizes), 48);
-        assert_eq!(bits(leaf(0, 0)), 36);
-    }
-
-    #[test]
     fn features_hide_the_monitor_and_nesting_and_show_the_hypervisor() {
         let features = normalized(1, 0, 3, 4);
         assert_eq!(features.ebx >> 24, 3);
@@ -202,6 +193,17 @@ mod tests {
         assert_eq!(normalized(1, 0, 0, 1).edx >> 28 & 1, 0);
         assert_eq!(normalized(0xa, 0, 0, 1).eax, 0);
         assert_eq!(normalized(0x8000_0001, 0, 0, 1).ecx & (1 << 2), 0);
+    }
+
+    #[test]
+    fn address_bits_are_those_of_the_host() {
+        let bits = |eax: u32| {
+            let mut entry = leaf(0x8000_0008, 0);
+            entry.eax = eax;
+            address_bits(&CpuId::from_entries(&[leaf(1, 0), entry]).unwrap())
+        };
+        assert_eq!([0x3030, 0x27, 0xff, 0].map(bits), [48, 39, 36, 36]);
+        assert_eq!(address_bits(&CpuId::from_entries(&[]).unwrap()), 36);
     }
 
     #[test]

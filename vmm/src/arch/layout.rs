@@ -11,6 +11,7 @@
 //! 0x0000_fffb_c000  pages KVM needs on Intel processors
 //! 0x0001_0000_0000  RAM that does not fit below
 //! …                 persistent memory devices, above the end of RAM
+//! …                 memory that can be added, above all else
 //! ```
 
 use vm_memory::GuestAddress;
@@ -101,6 +102,11 @@ pub fn persistent_memory_start(mib: u32) -> u64 {
     } else {
         HOLE_END
     };
+    end.next_multiple_of(GIB)
+}
+
+/// Where memory that can be added starts: the first GiB boundary above persistent memory that ends at `end`.
+pub fn hotplug_start(end: u64) -> u64 {
     end.next_multiple_of(GIB)
 }
 

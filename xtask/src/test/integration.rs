@@ -137,18 +137,13 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
     } else {
         Artifacts::build(progress)?
     };
-    let mut programs = cargo::build(
-        progress,
-        "integration tests",
-        &[
-            "test",
-            "--release",
-            "--no-run",
-            "--package=bulkhead-tests",
-            "--test=integration",
-            "--test=cri",
-        ],
-    )?;
+    let mut build = vec!["test", "--release", "--package=bulkhead-tests", "--no-run"];
+    for (program, option) in [("integration", "--test=integration"), ("cri", "--test=cri")] {
+        if jobs.iter().any(|job| job.suite.program() == program) {
+            build.push(option);
+        }
+    }
+    let mut programs = cargo::build(progress, "integration tests", &build)?;
     if jobs.iter().any(|job| job.suite == Suite::Agent) {
         progress.extend(1);
         // Like the unit tests, whose dependencies are built by now.

@@ -3,6 +3,7 @@
 
 mod files;
 mod report;
+mod volumes;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -39,6 +40,9 @@ fn run(arguments: &[&str]) -> Outcome {
         ["entries", directory, count] => files::entries(directory.as_ref(), count.parse()?)?,
         ["errno", what, path] => println!("{}", report::errno_of(what, path)?),
         ["queue", what, key] => println!("{}", report::queue(what, key.parse()?)?),
+        ["serve", directory] => volumes::serve(directory.as_ref())?,
+        ["ask", directory] => volumes::ask(directory.as_ref())?,
+        ["watch", directory] => volumes::watch(directory.as_ref())?,
         ["allocate", mib] => allocate(mib.parse()?)?,
         ["trap", children] => trap(children.parse()?)?,
         ["tick"] => tick()?,

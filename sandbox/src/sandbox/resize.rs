@@ -1,0 +1,267 @@
+//! The size of the running VM follows its containers.
+
+use bulkhead_protocol::agent::{SetProcessorsRequest, UpdateContainerRequest};
+use bulkhead_protocol::control::Request;
+use oci_spec::runtime::{LinuxCpu, LinuxResources};
+
+use super::*;
+use crate::error::chain;
+use crate::resources::Sizing;
+
+/// What the VM and the guest have been asked for.
+#[derive(Debug, Default)]
+pub(super) struct Applied {
+    /// vCPUs that exist; 0: those of the boot.
+    vcpus: u8,
+    /// vCPUs on line.
+    online: u8,
+    /// Memory beside that of the boot in MiB.
+    added_mib: u32,
+    /// Processors of containers that name some.
+    pins: HashMap<String, String>,
+}
+
+/// Whether the VM may get smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resize {
+    /// Before something comes that needs room.
+    Grow,
+    /// After something has come or gone.
+    Fit,
+}
+
+impl Sandbox {
+    /// Brings the VM, the guest's processors and the pod's cgroup to the size the containers ask for. Growing waits
+    /// for the guest; what it gives back comes when it can.
+    pub(super) async fn adjust(&self, guest: &Guest, how: Resize) -> Result<(), Error> {
+        let mut applied = self.0.applied.lock().await;
+        let (boot, wanted) = {
+            let state = self.lock();
+            (state.sizing.boot(), state.sizing.wanted())
+        };
+        if applied.vcpus == 0 {
+            (applied.vcpus, applied.online) = (boot.vcpus, boot.vcpus);
+        }
+        let added = wanted.memory_mib.saturating_sub(boot.memory_mib);
+        if added > applied.added_mib || (how == Resize::Fit && added < applied.added_mib) {
+            self.set_memory(guest, &mut applied, added).await?;
+        }
+        if wanted.vcpus > applied.online || (how == Resize::Fit && wanted.vcpus < applied.online) {
+            set_processors(guest, &mut applied, wanted.vcpus).await?;
+        }
+        if how == Resize::Fit {
+            self.limit_cgroup(applied.added_mib.max(guest.vm.added_memory()));
+            self.pin(guest, &mut applied).await;
+        }
+        Ok(())
+    }
+
+    async fn set_memory(&self, guest: &Guest, applied: &mut Applied, mib: u32) -> Result<(), Error> {
+        let grows = mib > applied.added_mib;
+        if grows {
+            // Room on the host first.
+            self.limit_cgroup(mib.max(guest.vm.added_memory()));
+        }
+        log::debug!(
+            "sandbox {}: memory {} -> {mib} MiB added",
+            self.0.id,
+            applied.added_mib
+        );
+        guest.vm.ask(Request::SetMemory { mib }, Vec::new()).await?;
+        applied.added_mib = mib;
+        if grows {
+            let limit = Duration::from_secs(self.0.config.request_timeout_s.into());
+            if !guest.vm.wait_for_memory(mib, limit).await {
+                return Err(Error::Timeout {
+                    phase: "growth of the guest's memory",
+                    limit,
+                    console: guest.vm.console_tail().await,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the limits of the pod's cgroup for a guest with `added_mib` MiB more than at its boot.
+    fn limit_cgroup(&self, added_mib: u32) {
+        if let Some(cgroup) = &self.0.cgroup {
+            let limits = self.lock().sizing.host_limits(added_mib);
+            cgroup.limit(&limits);
+        }
+    }
+
+    /// Lowers the limit of the pod's cgroup as the guest gives memory back.
+    pub(super) async fn follow_memory(self, vm: Vm) {
+        let mut memory = vm.watch_memory();
+        while memory.changed().await.is_ok() {
+            let has = *memory.borrow_and_update();
+            let applied = self.0.applied.lock().await;
+            if has >= applied.added_mib && !self.lock().containers.is_empty() {
+                self.limit_cgroup(has);
+            }
+        }
+    }
+
+    /// Tells the guest which of its processors stand for those a container names, where that has changed.
+    async fn pin(&self, guest: &Guest, applied: &mut Applied) {
+        let pins: Vec<(String, String)> = {
+            let sizing = &self.lock().sizing;
+            let pins = sizing.pinned().into_iter();
+            pins.filter_map(|id| Some((sizing.guest_cpus(&id)?, id)))
+                .map(|(cpus, id)| (id, cpus))
+                .collect()
+        };
+        applied
+            .pins
+            .retain(|id, _| pins.iter().any(|(other, _)| other == id));
+        for (id, cpus) in pins {
+            if applied.pins.get(&id) == Some(&cpus) {
+                continue;
+            }
+            let json = serde_json::json!({ "cpu": { "cpus": cpus } });
+            let request = UpdateContainerRequest {
+                container_id: id.clone(),
+                resources_json: json.to_string().into_bytes(),
+                ..Default::default()
+            };
+            match guest.agent.update_container(&request).await {
+                Ok(_) => drop(applied.pins.insert(id, cpus)),
+                // It is not there yet, or no longer.
+                Err(error) => log::debug!("{}", chain(&error)),
+            }
+        }
+    }
+
+    /// A container has gone, or was not made.
+    pub(super) async fn shrink(&self, id: &str) {
+        let (known, size) = {
+            let mut state = self.lock();
+            let before = state.sizing.wanted();
+            state.sizing.remove(id);
+            (before != state.sizing.wanted(), state.sizing.clone())
+        };
+        let guest = match &*self.0.boot.borrow() {
+            Boot::Ready(guest) if guest.vm.end().is_none() => guest.clone(),
+            _ => return,
+        };
+        // With the last container the VM ends.
+        if self.0.stopping.load(Ordering::Relaxed) || (!known && size.is_empty()) {
+            return;
+        }
+        if let Err(error) = self.adjust(&guest, Resize::Fit).await {
+            log::warn!("sandbox {}: the VM keeps its size: {}", self.0.id, chain(&error));
+        }
+    }
+
+    /// Changes a container's limits; `resources_json` is an OCI `LinuxResources` object. The VM grows before the
+    /// container may use more, and shrinks after it may not. The sandbox container's are the pod's.
+    ///
+    /// # Errors
+    /// [`Error::State`], or the agent's reason; the container keeps its limits then.
+    pub async fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), Error> {
+        let is_sandbox = self.with(id, |record| {
+            record.machine.check_update()?;
+            Ok(record.is_sandbox)
+        })?;
+        let mut resources: LinuxResources =
+            serde_json::from_slice(resources_json).map_err(crate::spec::SpecError::Resources)?;
+        let guest = self.guest().await?;
+        if is_sandbox {
+            self.lock().sizing.update_pod(&resources);
+            return self.adjust(&guest, Resize::Fit).await;
+        }
+        let before = {
+            let sizing = &mut self.lock().sizing;
+            let before = sizing.clone();
+            sizing.update(id, &resources);
+            before
+        };
+        let result = async {
+            self.adjust(&guest, Resize::Grow).await?;
+            translate(&mut resources, &self.lock().sizing, id);
+            let request = UpdateContainerRequest {
+                container_id: id.into(),
+                resources_json: serde_json::to_vec(&resources).map_err(crate::spec::SpecError::Encode)?,
+                ..Default::default()
+            };
+            guest.agent.update_container(&request).await
+        }
+        .await;
+        if result.is_err() {
+            self.lock().sizing.restore(id, &before);
+        }
+        let fitted = self.adjust(&guest, Resize::Fit).await;
+        result?;
+        fitted
+    }
+}
+
+async fn set_processors(guest: &Guest, applied: &mut Applied, count: u8) -> Result<(), Error> {
+    if count > applied.vcpus {
+        guest.vm.ask(Request::AddVcpus { count }, Vec::new()).await?;
+        applied.vcpus = count;
+    }
+    let request = SetProcessorsRequest {
+        online: count.into(),
+        ..SetProcessorsRequest::default()
+    };
+    let answer = guest.agent.set_processors(&request).await?;
+    applied.online = u8::try_from(answer.online).unwrap_or(u8::MAX);
+    Ok(())
+}
+
+/// Replaces what names processors, memory nodes and devices of the host: the guest has others.
+pub(super) fn translate(resources: &mut LinuxResources, sizing: &Sizing, id: &str) {
+    if let Some(cpu) = resources.cpu().clone() {
+        let named = cpu.cpus().as_deref().is_some_and(|cpus| !cpus.is_empty());
+        let mut cpu: LinuxCpu = cpu;
+        cpu.set_cpus(sizing.guest_cpus(id).filter(|_| named));
+        cpu.set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut io) = resources.block_io().clone() {
+        io.set_weight_device(None);
+        io.set_throttle_read_bps_device(None);
+        io.set_throttle_write_bps_device(None);
+        io.set_throttle_read_iops_device(None);
+        io.set_throttle_write_iops_device(None);
+        resources.set_block_io(Some(io));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn what_names_the_host_is_translated() {
+        let config = Configuration {
+            max_vcpus: Some(8),
+            ..Configuration::default()
+        };
+        let host = Host {
+            processors: 8,
+            memory_mib: 8192,
+        };
+        let mut sizing = Sizing::new(&config, host, None);
+        let read = |value: Value| -> LinuxResources { serde_json::from_value(value).unwrap() };
+        let mut resources = read(json!({
+            "cpu": {"shares": 5, "cpus": "4-5", "mems": "1"},
+            "blockIO": {"weight": 20, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]},
+        }));
+        let mut demand = Demand::default();
+        demand.update(&resources);
+        sizing.add("a", demand);
+        translate(&mut resources, &sizing, "a");
+        let expected = read(json!({"cpu": {"shares": 5, "cpus": "0,1"}, "blockIO": {"weight": 20}}));
+        assert_eq!(resources, expected);
+        // An update that says nothing about processors leaves them.
+        let mut update = read(json!({"cpu": {"quota": 7}}));
+        translate(&mut update, &sizing, "a");
+        assert_eq!(update, read(json!({"cpu": {"quota": 7}})));
+    }
+}

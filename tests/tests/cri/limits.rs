@@ -1,0 +1,52 @@
+//! Limits of containers, and where the pod's processes are.
+
+use std::fs;
+use std::path::Path;
+
+use bulkhead_tests::host;
+
+use crate::pods;
+
+#[test]
+fn a_container_over_its_memory_limit_is_killed_alone() {
+    let test = pods("memory");
+    let pod = test.pod("pod").run();
+    let other = pod.container("other", &["sleep", "1000"]).start();
+    let greedy = pod
+        .probe("greedy", &["allocate", "64"])
+        .resources(|resources| resources.memory_limit_in_bytes = 32 << 20)
+        .start();
+    let status = greedy.wait();
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    assert!(other.is_running() && pod.is_ready());
+    let modest = pod
+        .probe("modest", &["allocate", "16"])
+        .resources(|resources| resources.memory_limit_in_bytes = 32 << 20)
+        .finish();
+    assert!(modest.text().contains("all of it"));
+}
+
+#[test]
+fn shim_and_vmm_are_in_the_pods_cgroup() {
+    let test = pods("cgroup");
+    let pod = test.pod("pod").run();
+    let main = pod.container("main", &["sleep", "1000"]).start();
+    assert!(main.is_running());
+    let parent = pod.config.linux.cgroup_parent.clone();
+    let shim = pod.shim();
+    for pid in [vec![shim], host::vmms_of(shim)].concat() {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(
+            groups.contains(&parent),
+            "{pid} is in {groups} and not below {parent}"
+        );
+    }
+    let memory = Path::new("/sys/fs/cgroup")
+        .join(parent.trim_start_matches('/'))
+        .join("memory.current");
+    let memory: u64 = fs::read_to_string(memory).unwrap().trim().parse().unwrap();
+    assert!(
+        memory > 16 << 20,
+        "the virtual machine's memory is counted: {memory}"
+    );
+}
