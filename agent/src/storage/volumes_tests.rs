@@ -143,6 +143,44 @@ fn requests_are_checked() {
     }
 }
 
+#[test]
+#[ignore = "needs root"]
+fn volumes_in_memory_have_owner_size_and_directories() {
+    let none: Option<&str> = None;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    nix::mount::mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
+    let scratch = Scratch::new("volume-memory");
+    let create = |name: &str, kind| Create {
+        point: scratch.0.join(name),
+        mode: 0o2770,
+        uid: 0,
+        gid: 2345,
+        kind,
+    };
+    create("1", CreateKind::Memory(1 << 20)).run().unwrap();
+    let volume = scratch.0.join("1");
+    let metadata = fs::metadata(&volume).unwrap();
+    assert_eq!((metadata.mode() & 0o7777, metadata.gid()), (0o2770, 2345));
+    let full = fs::write(volume.join("large"), vec![0; 2 << 20]).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    fs::remove_file(volume.join("large")).unwrap();
+
+    let directory = |path: &str| CreateKind::Directory {
+        volume: volume.clone(),
+        path: path.into(),
+    };
+    create("2", directory("a/b")).run().unwrap();
+    fs::write(scratch.0.join("2/file"), "x").unwrap();
+    assert_eq!(fs::read(volume.join("a/b/file")).unwrap(), b"x");
+    create("3", directory("a/b/file")).run().unwrap();
+    assert_eq!(fs::read(scratch.0.join("3")).unwrap(), b"x");
+    symlink("/", volume.join("link")).unwrap();
+    assert!(create("4", directory("link/etc")).run().is_err());
+    for name in ["3", "2", "1"] {
+        mount::unmount(&scratch.0.join(name)).unwrap();
+    }
+}
+
 proptest! {
     #[test]
     fn a_version_is_one_name(name in "[./a\\x00]{0,6}") {

@@ -137,3 +137,73 @@ fn a_source_that_was_replaced_is_refused() {
     }
     fs::remove_dir_all(directory).unwrap();
 }
+
+/// In a mount namespace of this thread's own.
+#[test]
+#[ignore = "needs root"]
+fn the_tree_holds_volumes_once_and_is_read_only() {
+    let none: Option<&str> = None;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
+    let work = scratch("tree");
+    mount(Some("w"), &work, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, &work, none, MsFlags::MS_SHARED, none).unwrap();
+    let tree = SharedTree::create(&work.join("shared")).unwrap();
+    assert!(fs::create_dir(tree.root().join("x")).is_err());
+    let root = work.join("root");
+    fs::create_dir_all(root.join("inner")).unwrap();
+    let data = work.join("data");
+    fs::create_dir_all(data.join("below")).unwrap();
+    let plan = RootPlan::Mounts(vec![Mount {
+        kind: "bind".into(),
+        source: root.to_str().unwrap().into(),
+        options: vec!["rbind".into(), "rw".into()],
+        ..Mount::default()
+    }]);
+    let wanted = |options: &[&str]| Volume {
+        source: data.clone(),
+        directory: true,
+        options: parse_options(options).unwrap(),
+        mount: 0,
+    };
+    let volumes = [
+        wanted(&["rbind", "rw"]),
+        wanted(&["rbind", "ro"]),
+        wanted(&["rbind", "rw", "rslave"]),
+    ];
+    let (_, first) = tree.prepare("a", &plan, &volumes).unwrap();
+    let names: Vec<_> = first.iter().map(|volume| volume.name.as_str()).collect();
+    assert_eq!(names, ["1", "1", "2"]);
+    fs::write(tree.root().join(".volumes/1/file"), "x").unwrap();
+    assert!(data.join("file").exists());
+    fs::write(tree.root().join("a/rootfs/file"), "x").unwrap();
+    // A mount that the host makes later appears where that was asked for.
+    mount(
+        Some("l"),
+        &data.join("below"),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    fs::write(data.join("below/late"), "").unwrap();
+    assert!(tree.root().join(".volumes/2/below/late").exists());
+    assert!(!tree.root().join(".volumes/1/below/late").exists());
+    let (_, second) = tree.prepare("b", &plan, &[wanted(&["rbind", "rro"])]).unwrap();
+    assert_eq!(second[0].name, "3");
+    assert!(fs::write(tree.root().join(".volumes/3/below/x"), "").is_err());
+
+    let released = tree.release("a");
+    assert_eq!(released.len(), 2);
+    for volume in released.iter().chain(&tree.release("b")) {
+        tree.remove_volume(volume);
+    }
+    tree.remove("a");
+    tree.remove("b");
+    let left: Vec<_> = fs::read_dir(tree.root().join(".volumes")).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+    tree.unmount().unwrap();
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    assert!(mounts.contains(work.to_str().unwrap()));
+    assert!(!mounts.contains(tree.root().to_str().unwrap()));
+}

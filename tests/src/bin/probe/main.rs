@@ -2,6 +2,7 @@
 //! thing and says how it went; it exits with 1 and a message on standard error when that failed.
 
 mod files;
+mod network;
 mod report;
 mod volumes;
 
@@ -42,9 +43,13 @@ fn run(arguments: &[&str]) -> Outcome {
         ["queue", what, key] => println!("{}", report::queue(what, key.parse()?)?),
         ["serve", directory] => volumes::serve(directory.as_ref())?,
         ["ask", directory] => volumes::ask(directory.as_ref())?,
+        ["huge", file, pages] => volumes::huge(file.as_ref(), pages.parse()?)?,
         ["watch", directory] => volumes::watch(directory.as_ref())?,
         ["allocate", mib] => allocate(mib.parse()?)?,
         ["trap", children] => trap(children.parse()?)?,
+        ["count", address] => network::count(address)?,
+        ["send", address, length] => network::send(address, length.parse()?)?,
+        ["datagram", address, text] => network::datagram(address, text)?,
         ["tick"] => tick()?,
         ["burn", milliseconds] => burn(Duration::from_millis(milliseconds.parse()?)),
         // As containerd's binary:// logging calls it: the query's keys and values, in order.

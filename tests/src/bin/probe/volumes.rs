@@ -65,3 +65,44 @@ pub fn watch(directory: &Path) -> Outcome {
         }
     }
 }
+
+/// Maps a new file of `pages` huge pages of 2 MiB and writes to each.
+pub fn huge(file: &Path, pages: usize) -> Outcome {
+    const PAGE: usize = 2 << 20;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(file)?;
+    let length = pages * PAGE;
+    file.set_len(u64::try_from(length)?)?;
+    // SAFETY: a new mapping of a file that is open, at no fixed address.
+    let start = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if start == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    for page in 0..pages {
+        // SAFETY: the byte is in the mapping, which nothing else refers to.
+        unsafe { start.cast::<u8>().add(page * PAGE).write_volatile(7) };
+    }
+    let memory = std::fs::read_to_string("/proc/meminfo")?;
+    let line = memory.lines().find(|line| line.starts_with("HugePages_Total:"));
+    println!(
+        "{}",
+        line.unwrap_or_default()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
+    Ok(())
+}
