@@ -140,7 +140,7 @@ fn an_update_makes_the_pods_start_void() {
     assert_eq!(sizing.wanted(), Size { vcpus: 1, ..boot });
     sizing.update("a", &resources(json!({"memory": {"limit": 2048i64 << 20}})));
     assert_eq!(size(&sizing), (1, boot.memory_mib + 1056));
-    sizing.update("a", &resources(json!({"cpu": {"quota": 6_000_00}})));
+    sizing.update("a", &resources(json!({"cpu": {"quota": 600_000}})));
     assert_eq!(size(&sizing).0, 6);
     sizing.update("unknown", &resources(limits(8000, 4096)));
     assert_eq!(size(&sizing).0, 6);
