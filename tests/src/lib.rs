@@ -19,6 +19,7 @@ pub mod pod;
 pub mod session;
 pub mod settings;
 pub mod spec;
+pub mod stream;
 pub mod vm;
 
 pub use config::{Config, config};

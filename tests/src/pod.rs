@@ -21,6 +21,7 @@ use crate::fixture::{Fixture, wait_until};
 use crate::grpc::Status;
 use crate::image::PROBE_IMAGE;
 use crate::log;
+use crate::stream::Stream;
 
 /// The cgroup that the pods' own are made in, as kubelet's `kubepods`.
 pub const CGROUP: &str = "/bulkhead-tests-pods";
@@ -206,7 +207,7 @@ impl Pod<'_> {
     pub fn container_of(&self, image: &str, name: &str, command: &[&str]) -> ContainerBuilder<'_> {
         let security = LinuxContainerSecurityContext {
             namespace_options: self.config.linux.security_context.namespace_options.clone(),
-            ..LinuxContainerSecurityContext::default()
+            ..Default::default()
         };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
@@ -330,6 +331,23 @@ impl Pod<'_> {
             .containers
     }
 
+    /// A stream to a port of the pod, on channel 0, as `kubectl port-forward` has it.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn port_forward(&self, port: u16) -> Stream {
+        let request = PortForwardRequest {
+            pod_sandbox_id: self.id.clone(),
+            port: vec![i32::from(port)],
+            ..Default::default()
+        };
+        let answer = self.client.port_forward(&request);
+        let answer = answer.unwrap_or_else(|status| panic!("PortForward: {status}"));
+        open(&format!("{}?port={port}", answer.url))
+    }
+
     /// Ends the pod with all its containers; it can be called again.
     ///
     /// # Errors
@@ -369,6 +387,10 @@ impl Drop for Pod<'_> {
             Ok(()) => {}
         }
     }
+}
+
+fn open(url: &str) -> Stream {
+    Stream::open(url, config().seconds(30)).unwrap_or_else(|error| panic!("{url}: {error}"))
 }
 
 /// Removes every pod that is still there, as after a failed test; their names.
@@ -639,6 +661,50 @@ impl Container<'_> {
             stderr: String::from_utf8_lossy(&answer.stderr).into_owned(),
             code: answer.exit_code,
         })
+    }
+
+    /// Runs a command with streams, on a terminal or not.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn exec_stream(&self, command: &[&str], tty: bool) -> Stream {
+        let request = ExecRequest {
+            container_id: self.id.clone(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            tty,
+            stdin: tty,
+            stdout: true,
+            // On a terminal there is one stream.
+            stderr: !tty,
+            ..Default::default()
+        };
+        let answer = self.pod.client.exec(&request);
+        open(
+            &answer
+                .unwrap_or_else(|status| panic!("Exec {command:?}: {status}"))
+                .url,
+        )
+    }
+
+    /// Streams to the container's own process.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn attach(&self) -> Stream {
+        let request = AttachRequest {
+            container_id: self.id.clone(),
+            stdin: self.config.stdin,
+            tty: self.config.tty,
+            stdout: true,
+            stderr: !self.config.tty,
+            ..Default::default()
+        };
+        let answer = self.pod.client.attach(&request);
+        open(&answer.unwrap_or_else(|status| panic!("Attach: {status}")).url)
     }
 
     /// What the probe reports from inside, as JSON; the image must be the probe's.

@@ -18,6 +18,12 @@ const SIZED: &str = "sized.json";
 pub const MAX_VCPUS: u32 = 4;
 /// The host in the pods' network.
 pub const GATEWAY: &str = "10.251.0.1";
+/// The pods' IPv6 network.
+pub const NETWORK_6: &str = "fd00:251::/64";
+/// The host in the pods' IPv6 network.
+pub const GATEWAY_6: &str = "fd00:251::1";
+/// Largest payload of a frame in bytes: one that nothing has by itself.
+pub const MTU: u32 = 1430;
 
 /// For the suite that uses `ctr`: no CRI.
 pub fn tasks(directory: &Path, version: &str) -> String {
@@ -147,11 +153,12 @@ pub fn prepare_cri(directory: &Path) {
                 "isGateway": true,
                 "ipMasq": false,
                 "hairpinMode": true,
+                "mtu": MTU,
                 "ipam": {
                     "type": "host-local",
                     "dataDir": directory.join("ipam"),
-                    "ranges": [[{"subnet": NETWORK}]],
-                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "ranges": [[{"subnet": NETWORK}], [{"subnet": NETWORK_6}]],
+                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
                 },
             },
             {"type": "portmap", "capabilities": {"portMappings": true}},
@@ -161,6 +168,14 @@ pub fn prepare_cri(directory: &Path) {
     remove_bridge();
     ip(&["link", "add", BRIDGE, "type", "bridge"]);
     ip(&["address", "add", &format!("{GATEWAY}/16"), "dev", BRIDGE]);
+    ip(&[
+        "address",
+        "add",
+        &format!("{GATEWAY_6}/64"),
+        "dev",
+        BRIDGE,
+        "nodad",
+    ]);
     ip(&["link", "set", BRIDGE, "up"]);
 }
 

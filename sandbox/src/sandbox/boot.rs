@@ -92,7 +92,7 @@ impl Sandbox {
         tokio::spawn(async move { listener.run_events(events).await });
         let guest = Guest { vm, agent };
         self.follow_network(&guest);
-        tokio::spawn(self.clone().follow_memory(guest.vm.clone()));
+        tokio::spawn(self.clone().follow_memory(guest.vm.watch_memory()));
         Ok(guest)
     }
 

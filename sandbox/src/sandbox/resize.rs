@@ -91,8 +91,7 @@ impl Sandbox {
     }
 
     /// Lowers the limit of the pod's cgroup as the guest gives memory back.
-    pub(super) async fn follow_memory(self, vm: Vm) {
-        let mut memory = vm.watch_memory();
+    pub(super) async fn follow_memory(self, mut memory: watch::Receiver<u32>) {
         while memory.changed().await.is_ok() {
             let has = *memory.borrow_and_update();
             let applied = self.0.applied.lock().await;

@@ -18,14 +18,18 @@ use std::path::PathBuf;
 
 use bulkhead_tests::Fixture;
 
+mod cgroup;
 mod containers;
 mod ends;
-mod limits;
+mod forward;
+mod host_files;
+mod interfaces;
 mod network;
 mod resources;
 mod sandbox;
 mod scale;
 mod security;
+mod streams;
 mod volumes;
 
 /// The probe: beside this program, or where the build left it.

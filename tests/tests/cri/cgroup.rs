@@ -1,4 +1,4 @@
-//! Limits of containers, and where the pod's processes are.
+//! Where the pod's processes are on the host.
 
 use std::fs;
 use std::path::Path;
@@ -6,25 +6,6 @@ use std::path::Path;
 use bulkhead_tests::host;
 
 use crate::pods;
-
-#[test]
-fn a_container_over_its_memory_limit_is_killed_alone() {
-    let test = pods("memory");
-    let pod = test.pod("pod").run();
-    let other = pod.container("other", &["sleep", "1000"]).start();
-    let greedy = pod
-        .probe("greedy", &["allocate", "64"])
-        .resources(|resources| resources.memory_limit_in_bytes = 32 << 20)
-        .start();
-    let status = greedy.wait();
-    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
-    assert!(other.is_running() && pod.is_ready());
-    let modest = pod
-        .probe("modest", &["allocate", "16"])
-        .resources(|resources| resources.memory_limit_in_bytes = 32 << 20)
-        .finish();
-    assert!(modest.text().contains("all of it"));
-}
 
 #[test]
 fn shim_and_vmm_are_in_the_pods_cgroup() {
