@@ -5,7 +5,7 @@ use crate::virtio::mmio::Slot;
 
 /// Builds the command line. `slots` are the virtio devices in the order in which the kernel shall probe
 /// them, `extra` comes last and so wins over what stands before it.
-pub fn build(console: bool, vcpus: u8, max_vcpus: u8, slots: &[Slot], extra: &str) -> String {
+pub fn build(console: bool, vcpus: u8, max_vcpus: u8, hotplug: bool, slots: &[Slot], extra: &str) -> String {
     let mut words: Vec<String> = [
         // Reset through the keyboard controller, the one reset line there is; after a panic at once,
         // and marked as warm so that the VMM can tell (see `ports`).
@@ -34,6 +34,11 @@ pub fn build(console: bool, vcpus: u8, max_vcpus: u8, slots: &[Slot], extra: &st
     if vcpus < max_vcpus {
         words.push(format!("maxcpus={vcpus}"));
     }
+    if hotplug {
+        // Added memory holds what can be moved away, as far as the kernel can do with so little of its own: pages of
+        // the kernel would keep it from being given back.
+        words.push("memory_hotplug.online_policy=auto-movable".into());
+    }
     words.extend(slots.iter().map(|slot| {
         format!(
             "virtio_mmio.device={:#x}@{:#x}:{}",
@@ -55,11 +60,12 @@ mod tests {
     #[test]
     fn devices_and_extra_words_come_last() {
         let slots = [Slot::new(0).unwrap(), Slot::new(1).unwrap()];
-        let line = build(true, 1, 2, &slots, " a=b\n c ");
+        let line = build(true, 1, 2, false, &slots, " a=b\n c ");
         assert!(line.ends_with(
             "console=ttyS0 maxcpus=1 virtio_mmio.device=0x1000@0xc0000000:5 \
              virtio_mmio.device=0x1000@0xc0001000:6 a=b c"
         ));
-        assert!(!build(false, 2, 2, &[], "").contains("maxcpus"));
+        assert!(!build(false, 2, 2, false, &[], "").contains("maxcpus"));
+        assert!(build(false, 2, 2, true, &[], "").contains("=auto-movable"));
     }
 }

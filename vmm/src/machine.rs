@@ -301,6 +301,7 @@ impl Machine {
             config.console,
             config.vcpus,
             config.max_vcpus,
+            config.hotplug_mib > 0,
             &slots,
             &config.command_line,
         );
