@@ -250,7 +250,7 @@ proptest! {
             let size = sizing.wanted();
             prop_assert!((1..=sizing.max_vcpus()).contains(&size.vcpus));
             let added = size.memory_mib.checked_sub(sizing.boot().memory_mib).unwrap();
-            prop_assert!(added <= sizing.hotplug_mib() && added % STEP_MIB == 0);
+            prop_assert!(added <= sizing.hotplug_mib() && added.is_multiple_of(STEP_MIB));
             prop_assert!(sizing.host_limits(added).memory_max > 0);
         }
     }
