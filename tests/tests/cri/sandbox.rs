@@ -101,7 +101,7 @@ fn containers_have_processes_of_their_own_or_of_the_pod() {
     );
     assert!(!seen.contains("2222"), "{seen}");
     // One may signal the other.
-    assert_eq!(a.sh("kill -9 $(pgrep -f 'sleep 4444')").code, 0);
+    assert_eq!(a.sh("kill -9 $(pgrep -f '^sleep 4444')").code, 0);
     assert_eq!(b.wait().exit_code, 137);
 }
 
