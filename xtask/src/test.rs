@@ -234,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    fn counts(passed: u64, failed: u64, skipped: u64) -> Counts {
+    pub(super) fn counts(passed: u64, failed: u64, skipped: u64) -> Counts {
         Counts {
             passed,
             failed,

@@ -367,15 +367,8 @@ fn report(text: &str, outcome: Outcome) -> Counts {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use super::super::tests::counts;
     use super::*;
-
-    fn counts(passed: u64, failed: u64, skipped: u64) -> Counts {
-        Counts {
-            passed,
-            failed,
-            skipped,
-        }
-    }
 
     #[test]
     fn a_result_of_the_integration_tests_is_understood() {
