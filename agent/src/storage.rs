@@ -119,6 +119,8 @@ pub struct BlockDevice {
     pub capacity: u64,
     /// Path of the node in the container.
     pub path: PathBuf,
+    /// Nobody may open it for writing.
+    pub read_only: bool,
 }
 
 /// Partition numbers in use on each disk.
@@ -300,7 +302,8 @@ impl Plan {
             mount_volume(volume)?;
         }
         for device in &self.block_devices {
-            disk::open(device.slot, device.capacity, None)?;
+            let node = disk::open(device.slot, device.capacity, None)?;
+            disk::set_read_only(&node, device.slot, device.read_only)?;
         }
         match &self.root {
             RootPlan::Directory(path) => {
@@ -391,6 +394,7 @@ fn block_device(device: &proto::BlockDevice) -> Result<BlockDevice, Error> {
         slot: disk.slot,
         capacity: disk.capacity,
         path: PathBuf::from(&device.path),
+        read_only: device.read_only,
     })
 }
 
@@ -440,6 +444,9 @@ fn volume(
 
 fn mount_volume(volume: &Volume) -> Result<(), StorageError> {
     let device = disk::open(volume.slot, volume.capacity, volume.partition.as_ref())?;
+    if volume.partition.is_none() {
+        disk::set_read_only(&device, volume.slot, volume.read_only)?;
+    }
     make_dir(&volume.mount_point)?;
     let (mut flags, data) = mount::parse_options(&volume.options);
     if volume.read_only {

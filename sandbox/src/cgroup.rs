@@ -279,7 +279,7 @@ impl Cgroup {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostLimits {
     /// Bytes.
-    pub memory_max: u64,
+    pub memory_max: Option<u64>,
     /// Thousandths of a processor.
     pub cpu_milli: Option<u64>,
     /// `cpu.shares` of cgroup v1, 2 to 262144.
@@ -309,7 +309,10 @@ impl HostLimits {
             1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
         });
         [
-            ("memory.max", self.memory_max.to_string()),
+            (
+                "memory.max",
+                self.memory_max.map_or_else(max, |bytes| bytes.to_string()),
+            ),
             ("cpu.max", format!("{quota} {PERIOD}")),
             ("cpu.weight", weight.to_string()),
             ("cpuset.cpus", self.cpus.clone().unwrap_or_default()),

@@ -399,8 +399,13 @@ impl Sizing {
         let shares = all()
             .filter_map(|demand| demand.shares)
             .fold(0u64, |sum, shares| sum.saturating_add(shares));
+        // Files that the pod writes into a file system in the host's memory count as well: without a limit of its
+        // memory a pod may fill it as far as the host lets it.
+        let pod_is_limited = self.pod.as_ref().is_some_and(|pod| pod.memory.is_some());
+        let is_limited =
+            pod_is_limited || (!self.containers.is_empty() && all().all(|demand| demand.memory.is_some()));
         HostLimits {
-            memory_max: (guest + guest / BOOKS + HOST_OVERHEAD_MIB) * MIB,
+            memory_max: is_limited.then_some((guest + guest / BOOKS + HOST_OVERHEAD_MIB) * MIB),
             cpu_milli: milli.map(|milli| milli.saturating_add(HOST_OVERHEAD_MILLI)),
             cpu_shares: Some(shares).filter(|shares| *shares > 0),
             cpus: self.union().map(list),

@@ -126,9 +126,12 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
 pub fn prepare_cri(directory: &Path) {
     let cni = directory.join("cni");
     for made in ["root", "state"] {
-        for kind in ["sandboxes", "containers"] {
-            let path = directory.join(made).join("io.containerd.grpc.v1.cri").join(kind);
-            fs::create_dir_all(path).expect("a directory");
+        for kept in [
+            "io.containerd.grpc.v1.cri/sandboxes",
+            "io.containerd.grpc.v1.cri/containers",
+            "io.containerd.sandbox.controller.v1.shim/k8s.io",
+        ] {
+            fs::create_dir_all(directory.join(made).join(kept)).expect("a directory");
         }
     }
     for path in [

@@ -23,7 +23,7 @@ use crate::cgroup::{Cgroup, CgroupError, DeviceRules, Watch, attach_device_filte
 use crate::error::{Error, chain};
 use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
-use crate::storage::{Plan, RUN, disk};
+use crate::storage::{Plan, RUN, SHARED, disk};
 use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
 
 /// How long undoing it may take.
@@ -109,6 +109,7 @@ impl Containers {
             bundle: &bundle,
             resources: &adapted.resources,
             devices: devices.as_ref(),
+            shared: shared_sources(&adapted.spec),
         };
         let (program, console) = (stdio.program, stdio.console);
         let keep: Vec<i32> = program
@@ -261,6 +262,8 @@ struct Setup<'a> {
     bundle: &'a Path,
     resources: &'a LinuxResources,
     devices: Option<&'a DeviceRules>,
+    /// Paths in the shared tree that are mounted in the container.
+    shared: Vec<PathBuf>,
 }
 
 impl Setup<'_> {
@@ -279,6 +282,12 @@ impl Setup<'_> {
             attach_device_filter(cgroup.path(), rules).map_err(|error| chain(&error))?;
         }
         self.container.plan.mount().map_err(|error| chain(&error))?;
+        for source in &self.shared {
+            // A directory on which the host has mounted something becomes a file system of its own when it is entered.
+            // Entered here it is the same one, with the same locks and sockets, for all containers; entered first in a
+            // container's mount namespace it would be another one in each. A file has nothing to enter.
+            let _ = fs::metadata(source.join("."));
+        }
         let executor = ProgramExecutor {
             status: status.number(),
             gate: None,
@@ -305,6 +314,15 @@ impl Setup<'_> {
         status.send(&Report::Pid(pid.as_raw().unsigned_abs()));
         Ok(())
     }
+}
+
+/// What a specification mounts from the shared tree.
+fn shared_sources(spec: &Spec) -> Vec<PathBuf> {
+    let mounts = spec.mounts().iter().flatten();
+    mounts
+        .filter_map(|mount| mount.source().clone())
+        .filter(|source| source.starts_with(SHARED))
+        .collect()
 }
 
 /// The text of an error, reported as the host's mistake if it is.

@@ -44,6 +44,15 @@ pub enum DiskError {
     /// No notifications of devices.
     #[error("cannot watch devices")]
     Watch(#[source] Errno),
+    /// The kernel does not make it read-only, or writable.
+    #[error("cannot set who may write to disk slot {slot}")]
+    Access {
+        /// Slot.
+        slot: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The partition cannot be made or deleted.
     #[error("cannot {verb} partition {number} of disk slot {slot}")]
     Partition {
@@ -137,6 +146,22 @@ pub fn open(slot: u32, capacity: u64, partition: Option<&Partition>) -> Result<P
     Ok(Path::new("/dev").join(partition_name(&name, partition.number)))
 }
 
+/// Says whether a whole disk may be opened for writing: a slot has no such feature of its own, because its disks come
+/// and go (virtio 1.2, 5.2.3).
+///
+/// # Errors
+/// The kernel refuses.
+pub fn set_read_only(node: &Path, slot: u32, read_only: bool) -> Result<(), DiskError> {
+    let set = || -> io::Result<()> {
+        let disk = File::open(node)?;
+        let value = libc::c_int::from(read_only);
+        // SAFETY: the argument is valid for reads.
+        Errno::result(unsafe { libc::ioctl(disk.as_raw_fd(), BLKROSET, &raw const value) })?;
+        Ok(())
+    };
+    set().map_err(|source| DiskError::Access { slot, source })
+}
+
 /// Deletes a partition; one that does not exist is fine.
 ///
 /// # Errors
@@ -226,6 +251,9 @@ fn wait_for(slot: u32, expected: Expected) -> Result<(String, u64), DiskError> {
         while socket::recv(socket.as_raw_fd(), &mut buffer, socket::MsgFlags::empty()).is_ok() {}
     }
 }
+
+// Linux, include/uapi/linux/fs.h.
+const BLKROSET: libc::c_ulong = 0x125d;
 
 // Linux, include/uapi/linux/blkpg.h.
 const BLKPG: libc::c_ulong = 0x1269;

@@ -93,7 +93,7 @@ fn value(limits: &HostLimits, file: &str) -> String {
 #[test]
 fn limits_become_the_files_of_version_2() {
     let limits = HostLimits {
-        memory_max: 1 << 30,
+        memory_max: Some(1 << 30),
         cpu_milli: Some(1600),
         cpu_shares: Some(1024),
         cpus: Some("1,3".into()),
@@ -115,7 +115,7 @@ fn limits_become_the_files_of_version_2() {
     let none = HostLimits::default();
     assert_eq!(
         files.map(|file| value(&none, file)),
-        ["0", "max 100000", "100", "", "", "default 100"]
+        ["max", "max 100000", "100", "", "", "default 100"]
     );
 }
 
@@ -151,7 +151,7 @@ fn only_what_changes_is_written_and_what_is_missing_is_left_out() {
     }
     let read = |file: &str| fs::read_to_string(cgroup.path().join(file)).unwrap();
     cgroup.limit(&HostLimits {
-        memory_max: 4096,
+        memory_max: Some(4096),
         ..HostLimits::default()
     });
     assert!(read("memory.max").starts_with("4096"), "{}", read("memory.max"));

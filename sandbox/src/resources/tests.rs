@@ -191,13 +191,19 @@ fn huge_pages_come_on_top() {
 #[test]
 fn the_pods_cgroup_gets_the_sum() {
     let mut sizing = Sizing::new(&config(), HOST, None);
-    let first = json!({"cpu": {"quota": 50_000, "shares": 512, "cpus": "2-3", "mems": "0"}, "blockIO": {"weight": 300}});
+    let first = json!({"cpu": {"quota": 50_000, "shares": 512, "cpus": "2-3", "mems": "0"}, "memory": {"limit": 1 << 26}, "blockIO": {"weight": 300}});
     let second = json!({"cpu": {"quota": 150_000, "shares": 1024, "cpus": "3,6", "mems": "0-1"}, "blockIO": {"weight": 100}});
     sizing.add("a", demand(first));
     sizing.add("b", demand(second));
     let limits = sizing.host_limits(128);
     let guest = 256 + 128;
-    assert_eq!(limits.memory_max, (guest + guest / 32 + 128) << 20);
+    assert_eq!(limits.memory_max, None, "one has no limit");
+    sizing.update(
+        "b",
+        &serde_json::from_value(json!({"memory": {"limit": 1 << 26}})).unwrap(),
+    );
+    let limits = sizing.host_limits(128);
+    assert_eq!(limits.memory_max, Some((guest + guest / 32 + 128) << 20));
     assert_eq!((limits.cpu_milli, limits.cpu_shares), (Some(2100), Some(1536)));
     assert_eq!(
         (limits.cpus.as_deref(), limits.mems.as_deref()),
@@ -251,7 +257,7 @@ proptest! {
             prop_assert!((1..=sizing.max_vcpus()).contains(&size.vcpus));
             let added = size.memory_mib.checked_sub(sizing.boot().memory_mib).unwrap();
             prop_assert!(added <= sizing.hotplug_mib() && added.is_multiple_of(STEP_MIB));
-            prop_assert!(sizing.host_limits(added).memory_max > 0);
+            prop_assert!(sizing.host_limits(added).memory_max.is_none_or(|bytes| bytes > 0));
         }
     }
 }

@@ -299,7 +299,7 @@ impl Sandbox {
     ) -> Result<Vec<BlockDevice>, Error> {
         let mut devices = Vec::new();
         for volume in volumes {
-            let path = text(&volume.path);
+            let (path, read_only) = (text(&volume.path), volume.read_only);
             let disk = tokio::task::spawn_blocking(move || {
                 let source = device_path(&volume.source)
                     .map_err(|error| StorageError::Disk(volume.path.clone(), error))?;
@@ -315,6 +315,7 @@ impl Sandbox {
             devices.push(BlockDevice {
                 disk: part.and_then(|part| part.range.0).map(|range| *range).into(),
                 path,
+                read_only,
                 ..BlockDevice::default()
             });
         }

@@ -34,8 +34,12 @@ fn a_pod_whose_shim_dies_is_not_ready_and_leaves_nothing() {
     let (shim, vmm) = (pod.shim(), host::vmms_of(pod.shim())[0]);
     kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
     assert!(wait_until(config().seconds(5), || !host::is_alive(vmm)));
-    assert_eq!(main.wait().exit_code, 137);
-    assert_eq!(second.wait().exit_code, 137);
+    // 255 is containerd's own, for a task whose shim it can no longer ask: of that and the clean-up's 137 it keeps
+    // what comes first.
+    for container in [&main, &second] {
+        let code = container.wait().exit_code;
+        assert!([137, 255].contains(&code), "{code}");
+    }
     assert!(wait_until(config().seconds(10), || !pod.is_ready()));
     pod.stop().unwrap();
     pod.remove().unwrap();

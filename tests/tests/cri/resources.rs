@@ -66,7 +66,10 @@ fn of_host(directory: &Path, file: &str) -> String {
 fn an_update_grows_and_shrinks_the_running_vm() {
     let test = pods("resize");
     let pod = test.pod("pod").handler("kata-sized").run();
-    let main = pod.container("main", &["sleep", "1000"]).start();
+    let main = pod
+        .container("main", &["sleep", "1000"])
+        .resources(|resources| *resources = limits(500, 64))
+        .start();
     let (vcpus, memory) = guest(&main);
     assert_eq!(vcpus, 1);
     let host = cgroup(&pod);

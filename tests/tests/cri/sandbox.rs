@@ -101,7 +101,13 @@ fn containers_have_processes_of_their_own_or_of_the_pod() {
     );
     assert!(!seen.contains("2222"), "{seen}");
     // One may signal the other.
-    assert_eq!(a.sh("kill -9 $(pgrep -f '^sleep 4444')").code, 0);
+    let processes = a.exec(&["ps", "-o", "pid,args"]).text();
+    let line = processes
+        .lines()
+        .find(|line| line.ends_with("sleep 4444"))
+        .unwrap();
+    let other = line.split_whitespace().next().unwrap();
+    assert_eq!(a.exec(&["kill", "-9", other]).code, 0);
     assert_eq!(b.wait().exit_code, 137);
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_tests::cri::api::{Mount, MountPropagation};
 use bulkhead_tests::fixture::{shell, wait_until};
+use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::{Fixture, config};
 
 use crate::pods;
@@ -65,7 +66,7 @@ fn volumes_are_shared_updated_and_given_back() {
     let pod = test.pod("pod").run();
     let containers = ["a", "b"].map(|name| {
         let mut container = pod
-            .container(name, &["sleep", "1000"])
+            .container_of(PROBE_IMAGE, name, &["sleep", "1000"])
             .mount(mount(&memory, "/memory", false))
             .mount(mount(&disk, "/disk", name == "a"))
             .mount(mount(&pages, "/pages", false));
