@@ -69,7 +69,13 @@ impl Containerd {
             Some("size=80%,nr_inodes=0"),
         )
         .expect("a tmpfs");
-        mount(none, &directory, none, MsFlags::MS_PRIVATE, none).expect("a private mount");
+        // What containerd and a kubelet mount must reach the pods that run already, as where systemd makes mounts shared.
+        let propagation = if cri {
+            MsFlags::MS_SHARED
+        } else {
+            MsFlags::MS_PRIVATE
+        };
+        mount(none, &directory, none, propagation, none).expect("propagation is set");
         // SAFETY: the handler is a plain function and uses nothing that exit has torn down.
         unsafe { libc::atexit(end) };
 

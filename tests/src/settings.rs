@@ -16,6 +16,8 @@ pub const NETWORK: &str = "10.251.0.0/16";
 const SIZED: &str = "sized.json";
 /// See [`cri`].
 pub const MAX_VCPUS: u32 = 4;
+/// Snapshotters that have a handler of their own, see [`cri`].
+pub const SNAPSHOTTERS: [&str; 4] = ["overlayfs", "native", "blockfile", "erofs"];
 /// The host in the pods' network.
 pub const GATEWAY: &str = "10.251.0.1";
 /// The pods' IPv6 network.
@@ -40,7 +42,8 @@ pub fn tasks(directory: &Path, version: &str) -> String {
 }
 
 /// For the suite that drives CRI: the handlers `runc`, `kata`, `kata-sized`, whose VMs have room for
-/// [`MAX_VCPUS`] vCPUs however few processors the host has, and, with containerd 2, `kata-shim`.
+/// [`MAX_VCPUS`] vCPUs however few processors the host has, and, with containerd 2, `kata-shim`. `kata` and `kata-shim`
+/// are there once more for each snapshotter, as `kata-native`, `kata-shim-native`…
 pub fn cri(directory: &Path, version: &str) -> String {
     let common = common(directory);
     let (cni, conf) = (config().cni.display(), directory.join("cni"));
@@ -99,7 +102,9 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
     let kata = |name: &str, more: &str| {
         format!(
             "[{runtimes}.{name}]\n  runtime_type = \"io.containerd.kata.v2\"\n  \
-             privileged_without_host_devices = true\n  pod_annotations = [\"io.katacontainers.*\"]\n  \
+             privileged_without_host_devices = true\n  \
+             privileged_without_host_devices_all_devices_allowed = true\n  \
+             pod_annotations = [\"io.katacontainers.*\"]\n  \
              container_annotations = [\"io.katacontainers.*\"]\n{more}"
         )
     };
@@ -113,8 +118,16 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
         directory.join(SIZED).display()
     );
     text += &kata("kata-sized", &options);
+    let shim = "  sandboxer = \"shim\"\n";
     if sandboxers {
-        text += &kata("kata-shim", "  sandboxer = \"shim\"\n");
+        text += &kata("kata-shim", shim);
+    }
+    for snapshotter in SNAPSHOTTERS {
+        let own = format!("  snapshotter = \"{snapshotter}\"\n");
+        text += &kata(&format!("kata-{snapshotter}"), &own);
+        if sandboxers {
+            text += &kata(&format!("kata-shim-{snapshotter}"), &format!("{shim}{own}"));
+        }
     }
     text
 }
