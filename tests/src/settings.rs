@@ -54,6 +54,7 @@ pub fn cri(directory: &Path, version: &str) -> String {
         return format!(
             "version = 2\n{common}\
              [{plugin}]\n  sandbox_image = \"{PAUSE_IMAGE}\"\n  enable_unprivileged_ports = true\n\
+             \x20 disable_hugetlb_controller = false\n\
              [{plugin}.cni]\n  bin_dir = \"{cni}\"\n  conf_dir = \"{conf}\"\n\
              {handlers}"
         );
@@ -64,6 +65,7 @@ pub fn cri(directory: &Path, version: &str) -> String {
         "version = 3\n{common}\
          [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n\
          [plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{PAUSE_IMAGE}\"\n\
+         [{plugin}]\n  disable_hugetlb_controller = false\n\
          [{plugin}.cni]\n  bin_dirs = [\"{cni}\"]\n  conf_dir = \"{conf}\"\n\
          {handlers}"
     )
@@ -144,8 +146,10 @@ pub fn prepare_cri(directory: &Path) {
             fs::create_dir_all(path).expect("a directory");
         }
     }
+    let volumes = directory.join("state/io.containerd.grpc.v1.cri/image-volumes");
     for path in [
         &cni,
+        &volumes,
         &directory.join("logs"),
         Path::new("/var/lib/cni/results"),
         Path::new("/run/netns"),
