@@ -145,6 +145,11 @@ pub fn prepare_cri(directory: &Path) {
             let path = directory.join(made).join("io.containerd.grpc.v1.cri").join(kind);
             fs::create_dir_all(path).expect("a directory");
         }
+        // Of the sandboxes that shims make.
+        let path = directory
+            .join(made)
+            .join("io.containerd.sandbox.controller.v1.shim/k8s.io");
+        fs::create_dir_all(path).expect("a directory");
     }
     let volumes = directory.join("state/io.containerd.grpc.v1.cri/image-volumes");
     for path in [
