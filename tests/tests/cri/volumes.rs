@@ -65,7 +65,7 @@ fn volumes_are_shared_updated_and_given_back() {
     let pod = test.pod("pod").run();
     let containers = ["a", "b"].map(|name| {
         let mut container = pod
-            .container(name, &["sleep", "1000"])
+            .probe(name, &["tick"])
             .mount(mount(&memory, "/memory", false))
             .mount(mount(&disk, "/disk", name == "a"))
             .mount(mount(&pages, "/pages", false));
