@@ -231,8 +231,11 @@ impl Cgroup {
             if current.trim() == value {
                 continue;
             }
-            // An empty list is "no list", for which nothing is written.
-            let text = if value.is_empty() { "\n" } else { value.as_str() };
+            let text = if value.is_empty() {
+                self.all_of_parent(file)
+            } else {
+                value.clone()
+            };
             let result = fs::File::options()
                 .write(true)
                 .open(&path)
@@ -243,6 +246,18 @@ impl Cgroup {
                 Err(error) => log::warn!("cannot set {} to {value}: {error}", path.display()),
             }
         }
+    }
+
+    /// What a list of processors or memory nodes is set to when there is no list any more. The kernel takes no empty one
+    /// for a cgroup that has processes (ENOSPC), so it is what the parent has.
+    fn all_of_parent(&self, file: &str) -> String {
+        let path = self.path();
+        let effective = path
+            .parent()
+            .and_then(|parent| fs::read_to_string(parent.join(format!("{file}.effective"))).ok());
+        effective
+            .filter(|list| !list.trim().is_empty())
+            .unwrap_or_else(|| "\n".to_owned())
     }
 
     /// The cgroup's counters; what cannot be read is zero.

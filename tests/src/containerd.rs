@@ -69,7 +69,8 @@ impl Containerd {
             Some("size=80%,nr_inodes=0"),
         )
         .expect("a tmpfs");
-        mount(none, &directory, none, MsFlags::MS_PRIVATE, none).expect("a private mount");
+        // What containerd and a kubelet mount must reach the pods that run already, as where systemd makes mounts shared.
+        mount(none, &directory, none, MsFlags::MS_SHARED, none).expect("a shared mount");
         // SAFETY: the handler is a plain function and uses nothing that exit has torn down.
         unsafe { libc::atexit(end) };
 

@@ -16,6 +16,8 @@ pub const NETWORK: &str = "10.251.0.0/16";
 const SIZED: &str = "sized.json";
 /// See [`cri`].
 pub const MAX_VCPUS: u32 = 4;
+/// Snapshotters that have a handler of their own, see [`cri`].
+pub const SNAPSHOTTERS: [&str; 4] = ["overlayfs", "native", "blockfile", "erofs"];
 /// The host in the pods' network.
 pub const GATEWAY: &str = "10.251.0.1";
 /// The pods' IPv6 network.
@@ -40,7 +42,8 @@ pub fn tasks(directory: &Path, version: &str) -> String {
 }
 
 /// For the suite that drives CRI: the handlers `runc`, `kata`, `kata-sized`, whose VMs have room for
-/// [`MAX_VCPUS`] vCPUs however few processors the host has, and, with containerd 2, `kata-shim`.
+/// [`MAX_VCPUS`] vCPUs however few processors the host has, and, with containerd 2, `kata-shim`. `kata` and `kata-shim`
+/// are there once more for each snapshotter, as `kata-native`, `kata-shim-native`…
 pub fn cri(directory: &Path, version: &str) -> String {
     let common = common(directory);
     let (cni, conf) = (config().cni.display(), directory.join("cni"));
@@ -51,6 +54,7 @@ pub fn cri(directory: &Path, version: &str) -> String {
         return format!(
             "version = 2\n{common}\
              [{plugin}]\n  sandbox_image = \"{PAUSE_IMAGE}\"\n  enable_unprivileged_ports = true\n\
+             \x20 disable_hugetlb_controller = false\n\
              [{plugin}.cni]\n  bin_dir = \"{cni}\"\n  conf_dir = \"{conf}\"\n\
              {handlers}"
         );
@@ -61,6 +65,7 @@ pub fn cri(directory: &Path, version: &str) -> String {
         "version = 3\n{common}\
          [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n\
          [plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{PAUSE_IMAGE}\"\n\
+         [{plugin}]\n  disable_hugetlb_controller = false\n\
          [{plugin}.cni]\n  bin_dirs = [\"{cni}\"]\n  conf_dir = \"{conf}\"\n\
          {handlers}"
     )
@@ -99,7 +104,9 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
     let kata = |name: &str, more: &str| {
         format!(
             "[{runtimes}.{name}]\n  runtime_type = \"io.containerd.kata.v2\"\n  \
-             privileged_without_host_devices = true\n  pod_annotations = [\"io.katacontainers.*\"]\n  \
+             privileged_without_host_devices = true\n  \
+             privileged_without_host_devices_all_devices_allowed = true\n  \
+             pod_annotations = [\"io.katacontainers.*\"]\n  \
              container_annotations = [\"io.katacontainers.*\"]\n{more}"
         )
     };
@@ -113,8 +120,16 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
         directory.join(SIZED).display()
     );
     text += &kata("kata-sized", &options);
+    let shim = "  sandboxer = \"shim\"\n";
     if sandboxers {
-        text += &kata("kata-shim", "  sandboxer = \"shim\"\n");
+        text += &kata("kata-shim", shim);
+    }
+    for snapshotter in SNAPSHOTTERS {
+        let own = format!("  snapshotter = \"{snapshotter}\"\n");
+        text += &kata(&format!("kata-{snapshotter}"), &own);
+        if sandboxers {
+            text += &kata(&format!("kata-shim-{snapshotter}"), &format!("{shim}{own}"));
+        }
     }
     text
 }
@@ -129,13 +144,16 @@ pub fn prepare_cri(directory: &Path) {
         for kept in [
             "io.containerd.grpc.v1.cri/sandboxes",
             "io.containerd.grpc.v1.cri/containers",
+            // Of the sandboxes that shims make.
             "io.containerd.sandbox.controller.v1.shim/k8s.io",
         ] {
             fs::create_dir_all(directory.join(made).join(kept)).expect("a directory");
         }
     }
+    let volumes = directory.join("state/io.containerd.grpc.v1.cri/image-volumes");
     for path in [
         &cni,
+        &volumes,
         &directory.join("logs"),
         Path::new("/var/lib/cni/results"),
         Path::new("/run/netns"),

@@ -129,6 +129,12 @@ pub fn adapt(mut spec: Spec, guest: &Guest<'_>) -> Result<Adapted, SpecError> {
     if linux.mount_label().is_some() {
         linux.set_mount_label(None);
     }
+    // libcontainer knows these values without "r" only, and applies them to everything below all the same.
+    let propagation = linux.rootfs_propagation().as_deref();
+    if let Some(name) = propagation.and_then(|name| name.strip_prefix('r')) {
+        let name = name.to_owned();
+        linux.set_rootfs_propagation(Some(name));
+    }
     if linux.intel_rdt().is_some() {
         notices.push("Intel RDT is the host's".into());
         linux.set_intel_rdt(None);

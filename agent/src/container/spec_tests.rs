@@ -29,6 +29,7 @@ fn full_spec() -> Value {
             "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
             "resources": {"memory": {"limit": 1000}},
             "mountLabel": "x",
+            "rootfsPropagation": "rslave",
             "devices": [
                 {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 1},
                 {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
@@ -89,6 +90,7 @@ fn what_belongs_to_the_guest_is_taken_out() {
     );
     assert_eq!(result.resources.memory().unwrap().limit(), Some(1000));
     assert_eq!(spec["mounts"][0]["destination"], "/proc");
+    assert_eq!(spec["linux"]["rootfsPropagation"], "slave");
     let devices = spec["linux"]["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 1);
     assert_eq!(

@@ -146,9 +146,15 @@ fn only_what_changes_is_written_and_what_is_missing_is_left_out() {
         relative: "pod".into(),
     };
     fs::create_dir_all(cgroup.path()).unwrap();
-    for (file, text) in [("memory.max", "max\n"), ("cpu.max", "max 100000\n")] {
+    for (file, text) in [
+        ("memory.max", "max\n"),
+        ("cpu.max", "max 100000\n"),
+        ("cpuset.cpus", "1\n"),
+        ("cpuset.mems", "\n"),
+    ] {
         fs::write(cgroup.path().join(file), text).unwrap();
     }
+    fs::write(root.join("cpuset.cpus.effective"), "0-3\n").unwrap();
     let read = |file: &str| fs::read_to_string(cgroup.path().join(file)).unwrap();
     cgroup.limit(&HostLimits {
         memory_max: Some(4096),
@@ -156,6 +162,8 @@ fn only_what_changes_is_written_and_what_is_missing_is_left_out() {
     });
     assert!(read("memory.max").starts_with("4096"), "{}", read("memory.max"));
     assert_eq!(read("cpu.max"), "max 100000\n");
+    assert_eq!(read("cpuset.cpus"), "0-3\n");
+    assert_eq!(read("cpuset.mems"), "\n");
     assert!(!cgroup.path().join("cpu.weight").exists());
     fs::remove_dir_all(root).unwrap();
 }

@@ -28,6 +28,10 @@ const STANDARD_DEVICES: [&str; 7] = [
     "/dev/ptmx",
 ];
 
+/// Device nodes that the guest's own kernel has, of the same numbers on every Linux: a container that asks for one gets
+/// the guest's.
+const GUEST_DEVICES: [(&str, i64, i64); 2] = [("/dev/net/tun", 10, 200), ("/dev/fuse", 10, 229)];
+
 const NAMESPACES: &str = "linux.namespaces";
 
 /// Checks that nothing is asked for that a virtual machine cannot give.
@@ -127,6 +131,9 @@ fn check_devices(linux: &Linux) -> Result<(), SpecError> {
             && !STANDARD_DEVICES
                 .iter()
                 .any(|path| device.path() == Path::new(path))
+            && !GUEST_DEVICES.iter().any(|(path, major, minor)| {
+                device.path() == Path::new(path) && (device.major(), device.minor()) == (*major, *minor)
+            })
     });
     match foreign {
         None => Ok(()),

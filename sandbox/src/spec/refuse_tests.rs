@@ -129,6 +129,15 @@ fn devices_and_hooks_are_refused_by_name() {
     for role in ROLES {
         check(&device("/dev/null"), role).unwrap();
         assert!(refusal(&device("/dev/kvm"), role).contains("/dev/kvm"));
+        // What the guest has itself, and not another device by its name.
+        let tun = |minor: i64| {
+            spec(|value| {
+                value["linux"]["devices"] =
+                    json!([{"path": "/dev/net/tun", "type": "c", "major": 10, "minor": minor}]);
+            })
+        };
+        check(&tun(200), role).unwrap();
+        assert!(refusal(&tun(232), role).contains("/dev/net/tun"));
         let hooks =
             |list: Value| spec(|value| value["hooks"] = json!({"prestart": [], "createRuntime": list}));
         check(&hooks(json!([])), role).unwrap();

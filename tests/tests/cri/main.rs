@@ -22,13 +22,17 @@ mod cgroup;
 mod containers;
 mod ends;
 mod forward;
+mod guest;
 mod host_files;
+mod host_mounts;
 mod interfaces;
 mod network;
+mod node;
 mod resources;
 mod sandbox;
 mod scale;
 mod security;
+mod snapshotters;
 mod streams;
 mod volumes;
 

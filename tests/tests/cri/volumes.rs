@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_tests::cri::api::{Mount, MountPropagation};
 use bulkhead_tests::fixture::{shell, wait_until};
-use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::{Fixture, config};
 
 use crate::pods;
@@ -66,7 +65,7 @@ fn volumes_are_shared_updated_and_given_back() {
     let pod = test.pod("pod").run();
     let containers = ["a", "b"].map(|name| {
         let mut container = pod
-            .container_of(PROBE_IMAGE, name, &["sleep", "1000"])
+            .probe(name, &["tick"])
             .mount(mount(&memory, "/memory", false))
             .mount(mount(&disk, "/disk", name == "a"))
             .mount(mount(&pages, "/pages", false));

@@ -5,6 +5,7 @@ use std::fs;
 
 use bulkhead_tests::Finished;
 use bulkhead_tests::image::PROBE_IMAGE;
+use bulkhead_tests::spec::Spec;
 use serde_json::{Value, json};
 
 use crate::fixture;
@@ -257,4 +258,23 @@ fn a_user_is_looked_up_in_the_image() {
     let seen = report(test.probe("a", &["report"]).with(&["--user", "tester"]).finish());
     assert_eq!(seen["status"]["Uid"], "1234\t1234\t1234\t1234");
     assert_eq!(seen["status"]["Gid"], "2345\t2345\t2345\t2345");
+}
+
+#[test]
+fn labels_of_the_host_are_dropped() {
+    let test = fixture("labels");
+    let spec = |spec: Spec| {
+        spec.set("/process/apparmorProfile", json!("profile-of-the-host"))
+            .set(
+                "/process/selinuxLabel",
+                json!("system_u:system_r:container_t:s0:c1,c2"),
+            )
+            .set(
+                "/linux/mountLabel",
+                json!("system_u:object_r:container_file_t:s0"),
+            )
+    };
+    let script = "echo here; cat /proc/self/attr/current 2>/dev/null || echo no label";
+    let run = test.spec("a", &["sh", "-c", script], spec);
+    assert_eq!(run.finish().text(), "here\nno label\n");
 }

@@ -50,6 +50,7 @@ fn run(arguments: &[&str]) -> Outcome {
         ["count", address] => network::count(address)?,
         ["send", address, length] => network::send(address, length.parse()?)?,
         ["datagram", address, text] => network::datagram(address, text)?,
+        ["tun", text] => network::tun(text)?,
         ["tick"] => tick()?,
         ["burn", milliseconds] => burn(Duration::from_millis(milliseconds.parse()?)),
         // As containerd's binary:// logging calls it: the query's keys and values, in order.

@@ -1,8 +1,13 @@
 //! Servers and clients for the tests of a pod's network.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::time::Duration;
+
+use nix::errno::Errno;
 
 use super::Outcome;
 
@@ -49,4 +54,34 @@ pub fn datagram(address: &str, text: &str) -> Outcome {
     let (length, _) = socket.recv_from(&mut answer)?;
     println!("{}", String::from_utf8_lossy(&answer[..length]));
     Ok(())
+}
+
+/// Makes a tun interface of the network 10.99.0.0/24 and prints what a datagram to it carries when it comes out at the
+/// device's end.
+pub fn tun(text: &str) -> Outcome {
+    let mut device = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: the structure is plain numbers and pointers, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"vpn0") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_TUN | libc::IFF_NO_PI)?;
+    // SAFETY: the descriptor is open and the argument points to an ifreq for the call's duration.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) })?;
+    for arguments in ["address add 10.99.0.1/24 dev vpn0", "link set vpn0 up"] {
+        let status = Command::new("ip").args(arguments.split(' ')).status()?;
+        if !status.success() {
+            return Err(format!("ip {arguments}: {status}").into());
+        }
+    }
+    UdpSocket::bind("10.99.0.1:0")?.send_to(text.as_bytes(), "10.99.0.2:9")?;
+    let mut packet = [0; 2048];
+    loop {
+        let length = device.read(&mut packet)?;
+        // Headers of IPv4 and UDP without options; the kernel sends packets of its own too.
+        if packet[..length].get(28..) == Some(text.as_bytes()) {
+            println!("{text}");
+            return Ok(());
+        }
+    }
 }
