@@ -1,6 +1,6 @@
 //! Measures starts of pods through containerd's CRI socket, for `cargo xtask bench`.
 //!
-//! `bulkhead-pod-starts ROUNDS HANDLER…` prints a line for each value, `bench NAME_HANDLER MICROSECONDS`:
+//! `pod-starts ROUNDS HANDLER…` prints a line for each value, `bench NAME_HANDLER MICROSECONDS`:
 //!
 //! - `sandbox`: `RunPodSandbox`, with what a kubelet makes before it: the pod's cgroup and directory of logs;
 //! - `ready`: from there until `StartContainer` of one container has answered and its first line is in its log.
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: bulkhead-pod-starts ROUNDS HANDLER…");
+    eprintln!("usage: pod-starts ROUNDS HANDLER…");
     ExitCode::FAILURE
 }
 

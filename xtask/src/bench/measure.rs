@@ -89,10 +89,10 @@ impl Bench<'_> {
                 Ok(run)
             }
             Part::Pods => {
-                let mut command = vec![at("bulkhead-pod-starts").into(), rounds.into()];
+                let mut command = vec![at("pod-starts").into(), rounds.into()];
                 command.extend(HANDLERS.map(Into::into));
                 let mut run = Run::new(command);
-                run.files = vec![program("bulkhead-pod-starts")?, program("bulkhead-probe")?];
+                run.files = vec![program("pod-starts")?, program("bulkhead-probe")?];
                 // Deadlines, not times: as the integration tests have them in the emulated host.
                 for (name, value) in [
                     ("BULKHEAD_TEST_IMAGE", IMAGE),
