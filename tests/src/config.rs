@@ -28,6 +28,8 @@ pub struct Config {
     pub time_scale: u32,
     /// Directory that receives containerd's log when the process ends.
     pub log_dir: Option<PathBuf>,
+    /// What containerd and the shims log: `debug`, unless time is measured.
+    pub log_level: String,
 }
 
 impl Config {
@@ -57,6 +59,7 @@ impl Config {
             cni: env::var_os("BULKHEAD_TEST_CNI_DIR").map_or_else(|| "/usr/lib/cni".into(), PathBuf::from),
             time_scale,
             log_dir: env::var_os("BULKHEAD_TEST_LOG_DIR").map(PathBuf::from),
+            log_level: env::var("BULKHEAD_TEST_LOG_LEVEL").unwrap_or_else(|_| "debug".into()),
         };
         if config.is_vm() {
             find("containerd-shim-kata-v2", None)?;

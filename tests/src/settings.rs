@@ -77,6 +77,7 @@ fn is_1(version: &str) -> bool {
 
 fn common(directory: &Path) -> String {
     let directory = directory.display();
+    let level = &config().log_level;
     format!(
         r#"root = "{directory}/root"
 state = "{directory}/state"
@@ -85,7 +86,7 @@ state = "{directory}/state"
 [ttrpc]
   address = "{directory}/containerd.sock.ttrpc"
 [debug]
-  level = "debug"
+  level = "{level}"
 [plugins."io.containerd.nri.v1.nri"]
   disable = true
 [plugins."io.containerd.internal.v1.opt"]
