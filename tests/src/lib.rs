@@ -5,7 +5,6 @@
 //! its output and the logs, since there is nobody to hand an error to.
 
 pub mod config;
-pub mod conformance;
 pub mod containerd;
 pub mod cri;
 pub mod fixture;

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: unit and property tests with nextest, format and lints, then the integration tests with each
 //! containerd.
 
+mod conformance;
 mod integration;
 
 use std::fmt;

@@ -4,13 +4,14 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 
+use super::conformance::Shown;
 use super::{Arguments, Counts};
 use crate::cargo::{self, Programs};
 use crate::here;
@@ -82,6 +83,11 @@ struct Job {
 }
 
 impl Job {
+    /// Whether `arguments` ask for every test of every suite.
+    fn are_all(arguments: &Arguments) -> bool {
+        arguments.suite.is_empty() && arguments.containerd.is_none() && arguments.filter.is_empty()
+    }
+
     /// What `arguments` ask for, the longest first.
     fn chosen(arguments: &Arguments) -> Vec<Self> {
         let containerds = match arguments.containerd {
@@ -150,8 +156,9 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
         let build = ["test", "--no-run", "--workspace", "--test=guest"];
         programs.extend(cargo::build(progress, "tests of the agent", &build)?);
     }
-    match kvm::choose(&artifacts.cli)? {
-        Place::Here => here(progress, &programs, &artifacts, &jobs, arguments),
+    let shown = Mutex::default();
+    let mut counts = match kvm::choose(&artifacts.cli)? {
+        Place::Here => here(progress, &programs, &artifacts, &jobs, arguments, &shown)?,
         Place::Emulated => {
             progress.extend(HOST_STEPS);
             let host = Host::build(progress)?;
@@ -161,11 +168,20 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
                     artifacts: &artifacts,
                     host: &host,
                     arguments,
+                    shown: &shown,
                 },
                 &jobs,
-            )
+            )?
         }
+    };
+    if Job::are_all(arguments) {
+        counts += lock(&shown).check()?;
     }
+    Ok(counts)
+}
+
+fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
+    shown.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What every suite in an emulated host uses.
@@ -174,6 +190,7 @@ struct Emulation<'a> {
     artifacts: &'a Artifacts,
     host: &'a Host,
     arguments: &'a Arguments,
+    shown: &'a Mutex<Shown>,
 }
 
 /// Each suite in a machine of its own, as many at once as this one can carry.
@@ -253,6 +270,7 @@ impl Emulation<'_> {
         let (text, outcome) = run(&self.arguments.filter)?;
         let mut result = report(&text, outcome);
         let failed = failed(&text);
+        let mut repeated = None;
         if !failed.is_empty() && failed.len() <= MOST_REPEATED && failed.len() as u64 == result.failed {
             // Deadlines in emulation depend on what else the machine does: a second chance, and said aloud.
             eprintln!(
@@ -262,10 +280,12 @@ impl Emulation<'_> {
             );
             let (text, outcome) = run(&[vec!["--exact".to_owned()], failed].concat())?;
             let again = report(&text, outcome);
+            repeated = Some(text);
             eprintln!("{} | passed only when repeated: {}", job.name, again.passed);
             result.passed += again.passed;
             result.failed = again.failed;
         }
+        lock(self.shown).add(&text, repeated.as_deref());
         eprintln!("{} | {result}", job.name);
         Ok(result)
     }
@@ -278,6 +298,7 @@ fn here(
     artifacts: &Artifacts,
     jobs: &[Job],
     arguments: &Arguments,
+    shown: &Mutex<Shown>,
 ) -> Result<Counts> {
     progress.extend(1);
     let base = Base::build(progress)?;
@@ -319,6 +340,7 @@ fn here(
             .code()
             .and_then(|code| u8::try_from(code).ok())
             .unwrap_or(1);
+        lock(shown).add(&text, None);
         counts += report(&text, Outcome::Exited(code));
     }
     Ok(counts)
