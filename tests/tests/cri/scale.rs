@@ -3,14 +3,9 @@
 use std::thread;
 
 use bulkhead_tests::cri::api::{ContainerState, VersionRequest};
-use bulkhead_tests::{Fixture, config};
+use bulkhead_tests::Fixture;
 
 use crate::pods;
-
-/// Pods at the same time. An emulated host has one processor for all of them.
-fn pods_at_once() -> usize {
-    if config().time_scale > 1 { 6 } else { 30 }
-}
 
 fn one_pod(test: &Fixture, number: usize) {
     let pod = test.pod(&number.to_string()).run();
@@ -28,7 +23,7 @@ fn one_pod(test: &Fixture, number: usize) {
 fn thirty_pods_of_three_containers_come_and_go_in_parallel() {
     let test = pods("parallel");
     thread::scope(|scope| {
-        for number in 0..pods_at_once() {
+        for number in 0..30 {
             let test = &test;
             scope.spawn(move || one_pod(test, number));
         }
