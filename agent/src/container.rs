@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::unistd::Pid;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
@@ -39,7 +39,13 @@ pub struct Containers {
     partitions: Mutex<Partitions>,
     sockets: Mutex<u64>,
     shared: pause::Shared,
+    /// Turns of processes that are added to containers.
+    additions: Semaphore,
 }
+
+/// Processes that are being added to containers at once: each has a helper or two until its program runs, and so many
+/// more would take the memory of a small guest for no gain.
+const ADDITIONS: usize = 16;
 
 impl Containers {
     /// No containers.
@@ -52,6 +58,7 @@ impl Containers {
             partitions: Mutex::default(),
             sockets: Mutex::default(),
             shared: pause::Shared::default(),
+            additions: Semaphore::new(ADDITIONS),
         })
     }
 

@@ -108,6 +108,8 @@ impl Containers {
             log::info!("container {}: {notice}", container.id);
         }
         let user = (process.user().uid(), process.user().gid());
+        // Nobody closes it.
+        let _turn = self.additions.acquire().await.ok();
         let host = HostEnds::dial(&self.host, wanted).await.map_err(Error::Streams)?;
         let stdio = self.stdio(host, wanted, user)?;
         let sub_cgroup = container.init_sub_cgroup();

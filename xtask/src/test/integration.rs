@@ -30,6 +30,9 @@ const MEMORY_MIB: u32 = 6144;
 /// Deadlines of the tests are so many times longer in the emulated host.
 const TIME_SCALE: &str = "4";
 
+/// Bulkhead's own deadlines, as much longer: hundreds of processes or tens of pods at once share one emulated processor.
+const CONFIGURATION: &str = r#"{"boot_timeout_s": 240, "request_timeout_s": 240}"#;
+
 /// Failed tests are repeated once in the emulated host, unless there are more than this.
 const MOST_REPEATED: usize = 4;
 
@@ -237,6 +240,8 @@ impl Emulation<'_> {
             job.name,
             logs.display()
         );
+        let configuration = logs.join("config.json");
+        fs::write(&configuration, CONFIGURATION).context("cannot write the configuration")?;
         let run = |filter: &[String]| -> Result<(String, Outcome)> {
             let mut command = vec![format!("{DIRECTORY}/{}", job.suite.program()).into()];
             if job.suite != Suite::Agent {
@@ -251,6 +256,8 @@ impl Emulation<'_> {
             run.transcript = Some(logs.join("output"));
             run.console = Some(logs.join("console"));
             run.out = Some(logs.clone());
+            let known = "/etc/bulkhead/config.json".to_owned();
+            run.files.push((known, configuration.clone()));
             for name in [job.suite.program(), "bulkhead-probe"] {
                 run.files
                     .push((format!("{DIRECTORY}/{name}"), self.programs.get(name)?.to_owned()));
