@@ -117,6 +117,7 @@ fn other_limits_hold_in_the_guest_and_on_the_host() {
         .mount(mount(&pages, "/pages", false))
         .resources(|resources| {
             resources.cpu_shares = 2048;
+            resources.memory_limit_in_bytes = 128 << 20;
             resources.cpuset_cpus = "0".into();
             resources.cpuset_mems = "0".into();
             resources.hugepage_limits = vec![HugepageLimit {
