@@ -1,5 +1,6 @@
 //! The pod itself: names, files, namespaces, parameters of the kernel.
 
+use bulkhead_tests::config;
 use bulkhead_tests::cri::api::{DnsConfig, NamespaceMode, StatusRequest, VersionRequest};
 
 use crate::pods;
@@ -135,8 +136,11 @@ fn the_hosts_namespaces_are_refused_by_name() {
         ),
     };
     let node = || NamespaceMode::NODE.into();
-    let pod = test.pod("network").namespaces(|spaces| spaces.network = node());
-    refused("hostNetwork", pod, "network");
+    // With `sandboxer = "shim"` containerd 2.1 itself crashes, before it asks a runtime: it has no specification then.
+    if config().handler != "kata-shim" {
+        let pod = test.pod("network").namespaces(|spaces| spaces.network = node());
+        refused("hostNetwork", pod, "network");
+    }
     let pod = test.pod("pid").namespaces(|spaces| spaces.pid = node());
     refused("hostPID", pod, "pid");
     let pod = test.pod("ipc").namespaces(|spaces| spaces.ipc = node());

@@ -2,8 +2,8 @@
 
 use std::thread;
 
-use bulkhead_tests::cri::api::{ContainerState, VersionRequest};
 use bulkhead_tests::Fixture;
+use bulkhead_tests::cri::api::{ContainerState, VersionRequest};
 
 use crate::pods;
 
