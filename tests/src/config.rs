@@ -1,6 +1,7 @@
 //! Where the suite finds what it needs, from the environment.
 
 use std::env;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -26,6 +27,8 @@ pub struct Config {
     pub cni: PathBuf,
     /// Factor on every deadline: 1 on hardware, more where the host is emulated.
     pub time_scale: u32,
+    /// Divisor of how many pods or processes the tests of many at once start: 1, unless another run has shown it.
+    pub crowd_divisor: u32,
     /// Directory that receives containerd's log when the process ends.
     pub log_dir: Option<PathBuf>,
     /// What containerd and the shims log: `debug`, unless time is measured.
@@ -44,12 +47,14 @@ impl Config {
             return Err(format!("BULKHEAD_TEST_IMAGE={} is not a file", image.display()));
         }
         let directory = env::var_os("BULKHEAD_TEST_CONTAINERD_DIR").map(PathBuf::from);
-        let time_scale = match env::var("BULKHEAD_TEST_TIME_SCALE") {
+        let factor = |name: &str| match env::var(name) {
             Ok(text) => text
-                .parse()
-                .map_err(|_| format!("BULKHEAD_TEST_TIME_SCALE={text} is not a number"))?,
-            Err(_) => 1,
+                .parse::<NonZeroU32>()
+                .map_err(|_| format!("{name}={text} is not a number above 0")),
+            Err(_) => Ok(NonZeroU32::MIN),
         };
+        let time_scale = factor("BULKHEAD_TEST_TIME_SCALE")?.get();
+        let crowd_divisor = factor("BULKHEAD_TEST_CROWD_DIVISOR")?.get();
         let config = Config {
             containerd: find("containerd", directory.as_deref())?,
             ctr: find("ctr", directory.as_deref())?,
@@ -58,6 +63,7 @@ impl Config {
             handler: env::var("BULKHEAD_TEST_HANDLER").unwrap_or_else(|_| "kata".into()),
             cni: env::var_os("BULKHEAD_TEST_CNI_DIR").map_or_else(|| "/usr/lib/cni".into(), PathBuf::from),
             time_scale,
+            crowd_divisor,
             log_dir: env::var_os("BULKHEAD_TEST_LOG_DIR").map(PathBuf::from),
             log_level: env::var("BULKHEAD_TEST_LOG_LEVEL").unwrap_or_else(|_| "debug".into()),
         };
@@ -68,6 +74,12 @@ impl Config {
             }
         }
         Ok(config)
+    }
+
+    /// How many of `number` to start at once, at least one.
+    #[must_use]
+    pub fn crowd(&self, number: u32) -> u32 {
+        (number / self.crowd_divisor).max(1)
     }
 
     /// Whether the runtime under test is ours. Another one (runc) serves to develop the harness.

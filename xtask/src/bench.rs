@@ -82,15 +82,24 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         host: &host,
         out: &out,
     };
-    let mut remarks = Vec::new();
-    let measured = parts.iter().try_fold(Values::new(), |mut values, part| {
-        values.extend(bench.measure(*part, &mut remarks)?);
-        Ok::<_, anyhow::Error>(values)
+    let (mut remarks, mut values, mut failed) = (Vec::new(), Values::new(), None);
+    parts.retain(|part| match bench.measure(*part, &mut remarks) {
+        Ok(more) => {
+            values.extend(more);
+            true
+        }
+        Err(error) => {
+            failed.get_or_insert(error);
+            false
+        }
     });
     fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
-    println!("\n{}", table::table(&parts, &measured?)?);
+    // What was measured is shown, whatever became of the rest.
+    if !parts.is_empty() {
+        println!("\n{}", table::table(&parts, &values)?);
+    }
     for remark in remarks {
         println!("{remark}");
     }
-    Ok(ExitCode::SUCCESS)
+    failed.map_or(Ok(ExitCode::SUCCESS), Err)
 }

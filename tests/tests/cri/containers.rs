@@ -93,7 +93,7 @@ fn three_hundred_commands_run_in_a_container_at_once() {
     let pod = test.pod("pod").run();
     let main = pod.container("main", &["sleep", "1000"]).start();
     thread::scope(|scope| {
-        for number in 0..300 {
+        for number in 0..config().crowd(300) {
             let main = &main;
             scope.spawn(move || {
                 let text = number.to_string();

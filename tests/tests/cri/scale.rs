@@ -2,12 +2,12 @@
 
 use std::thread;
 
-use bulkhead_tests::Fixture;
 use bulkhead_tests::cri::api::{ContainerState, VersionRequest};
+use bulkhead_tests::{Fixture, config};
 
 use crate::pods;
 
-fn one_pod(test: &Fixture, number: usize) {
+fn one_pod(test: &Fixture, number: u32) {
     let pod = test.pod(&number.to_string()).run();
     let containers = ["a", "b", "c"].map(|name| pod.container(name, &["sleep", "1000"]).start());
     for container in &containers {
@@ -23,7 +23,7 @@ fn one_pod(test: &Fixture, number: usize) {
 fn thirty_pods_of_three_containers_come_and_go_in_parallel() {
     let test = pods("parallel");
     thread::scope(|scope| {
-        for number in 0..30 {
+        for number in 0..config().crowd(30) {
             let test = &test;
             scope.spawn(move || one_pod(test, number));
         }

@@ -120,7 +120,7 @@ fn repeat(
             Outcome::Exited(code) => bail!("the benchmark of {} ended with exit code {code}", part.name()),
             Outcome::TimedOut => {
                 let remark = format!(
-                    "{}: machine {attempt} of {TRIES} hung and was stopped after {limit} s",
+                    "{}: machine {attempt} of {TRIES} was stopped after {limit} s",
                     part.name()
                 );
                 eprintln!("{remark}");
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_hangs_is_repeated_once_and_named() {
+    fn a_machine_that_does_not_end_is_repeated_once_and_named() {
         let run = |outcomes: &[Outcome]| {
             let mut outcomes = outcomes.iter();
             let mut remarks = Vec::new();
@@ -217,7 +217,7 @@ mod tests {
         assert!(result.is_ok() && remarks.is_empty());
         let (result, remarks) = run(&[Outcome::TimedOut, Outcome::Exited(0)]);
         result.unwrap();
-        assert_eq!(remarks, ["pods: machine 1 of 2 hung and was stopped after 9 s"]);
+        assert_eq!(remarks, ["pods: machine 1 of 2 was stopped after 9 s"]);
         let (result, remarks) = run(&[Outcome::TimedOut, Outcome::TimedOut]);
         assert!(result.is_err() && remarks.len() == 2);
         // A failure is none that another try would hide.

@@ -69,6 +69,15 @@ impl Suite {
         }
     }
 
+    /// Divisor of how much the tests of many pods or processes at once start: one run shows it, and an emulated
+    /// processor takes minutes for each.
+    fn crowd_divisor(self, containerd: Containerd) -> &'static str {
+        match (self, containerd) {
+            (Self::Cri, Containerd::V2_1) => "1",
+            _ => "5",
+        }
+    }
+
     fn runs_with(self, containerd: Containerd) -> bool {
         match self {
             Self::Tasks | Self::Cri => true,
@@ -266,6 +275,10 @@ impl Emulation<'_> {
                 ("BULKHEAD_TEST_IMAGE", IMAGE),
                 ("BULKHEAD_TEST_HANDLER", job.suite.handler()),
                 ("BULKHEAD_TEST_TIME_SCALE", TIME_SCALE),
+                (
+                    "BULKHEAD_TEST_CROWD_DIVISOR",
+                    job.suite.crowd_divisor(job.containerd),
+                ),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
             ] {
                 run.environment.push((name.to_owned(), value.to_owned()));
