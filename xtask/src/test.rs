@@ -38,6 +38,9 @@ pub struct Arguments {
     /// Install the programs as they were built last; the tests themselves are built
     #[arg(long)]
     no_build: bool,
+    /// Start as many pods and processes at once in the emulated host as on hardware; takes half an hour more
+    #[arg(long)]
+    crowds: bool,
     /// Seconds that the integration tests with one containerd may take in the emulated host
     #[arg(long, default_value_t = integration::LIMIT.as_secs())]
     timeout: u64,

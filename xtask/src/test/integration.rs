@@ -33,6 +33,10 @@ const TIME_SCALE: &str = "4";
 /// Bulkhead's own deadlines, as much longer: hundreds of processes or tens of pods at once share one emulated processor.
 const CONFIGURATION: &str = r#"{"boot_timeout_s": 240, "request_timeout_s": 240}"#;
 
+/// Divisor of how many pods or processes the tests of many at once start in the emulated host: an emulated processor
+/// takes minutes for the whole number.
+const CROWD_DIVISOR: &str = "5";
+
 /// Failed tests are repeated once in the emulated host, unless there are more than this.
 const MOST_REPEATED: usize = 4;
 
@@ -66,15 +70,6 @@ impl Suite {
         match self {
             Self::CriShim => "kata-shim",
             Self::Tasks | Self::Cri | Self::Agent => "kata",
-        }
-    }
-
-    /// Divisor of how much the tests of many pods or processes at once start: one run shows it, and an emulated
-    /// processor takes minutes for each.
-    fn crowd_divisor(self, containerd: Containerd) -> &'static str {
-        match (self, containerd) {
-            (Self::Cri, Containerd::V2_1) => "1",
-            _ => "5",
         }
     }
 
@@ -277,7 +272,7 @@ impl Emulation<'_> {
                 ("BULKHEAD_TEST_TIME_SCALE", TIME_SCALE),
                 (
                     "BULKHEAD_TEST_CROWD_DIVISOR",
-                    job.suite.crowd_divisor(job.containerd),
+                    if self.arguments.crowds { "1" } else { CROWD_DIVISOR },
                 ),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
             ] {
