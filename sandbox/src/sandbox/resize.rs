@@ -133,18 +133,22 @@ impl Sandbox {
 
     /// A container has gone, or was not made.
     pub(super) async fn shrink(&self, id: &str) {
-        let (known, size) = {
+        let (changed, is_empty) = {
             let mut state = self.lock();
             let before = state.sizing.wanted();
             state.sizing.remove(id);
-            (before != state.sizing.wanted(), state.sizing.clone())
+            (before != state.sizing.wanted(), state.sizing.is_empty())
         };
         let guest = match &*self.0.boot.borrow() {
             Boot::Ready(guest) if guest.vm.end().is_none() => guest.clone(),
             _ => return,
         };
-        // With the last container the VM ends.
-        if self.0.stopping.load(Ordering::Relaxed) || (!known && size.is_empty()) {
+        if self.0.stopping.load(Ordering::Relaxed) {
+            return;
+        }
+        // With the last container most VMs end: nothing is asked of them. A pod goes on, without its containers' limits.
+        if !changed && is_empty {
+            self.limit_cgroup(guest.vm.added_memory());
             return;
         }
         if let Err(error) = self.adjust(&guest, Resize::Fit).await {
