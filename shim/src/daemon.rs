@@ -32,6 +32,8 @@ const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task
 
 /// How long the last events may take to reach containerd.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+/// How long answers may take to be written when the server ends.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 
 /// The first container of the task API, for which the sandbox is made at once.
 pub struct First {
@@ -226,6 +228,13 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
     let stopped = pod.stop().await;
     if let Err(error) = &stopped {
         log::error!("sandbox {}: {}", args.id, chain(error));
+    }
+    // The answer to the call that ends this process is still to be written, and so may be others.
+    if tokio::time::timeout(ANSWER_LIMIT, server.disconnect())
+        .await
+        .is_err()
+    {
+        log::debug!("calls are left without an answer");
     }
     pod.publisher.flush(FLUSH_LIMIT).await;
     i32::from(stopped.is_err())
