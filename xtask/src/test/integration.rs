@@ -262,7 +262,9 @@ impl Emulation<'_> {
             run.out = Some(logs.clone());
             let known = "/etc/bulkhead/config.json".to_owned();
             run.files.push((known, configuration.clone()));
-            for name in [job.suite.program(), "bulkhead-probe"] {
+            // The agent's tests run without images, and so without the probe.
+            let probe = (job.suite != Suite::Agent).then_some("bulkhead-probe");
+            for name in [Some(job.suite.program()), probe].into_iter().flatten() {
                 run.files
                     .push((format!("{DIRECTORY}/{name}"), self.programs.get(name)?.to_owned()));
             }
