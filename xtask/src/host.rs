@@ -6,6 +6,7 @@ mod cpio;
 mod debian;
 mod lines;
 mod machine;
+mod qemu;
 mod run;
 
 use std::ffi::OsString;

@@ -1,7 +1,6 @@
 //! The emulated machine: QEMU, Debian's kernel and the modules a container host needs.
 //!
-//! QEMU is Debian trixie's, run from where it was unpacked with its own libraries. That of bookworm (7.2) hung in some
-//! runs while a guest of the emulated host booted.
+//! QEMU is Debian trixie's, run from where it was unpacked with its own libraries.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::debian;
+use super::{debian, qemu};
 use crate::cache::{self, Key};
 use crate::packages;
 use crate::process;
@@ -18,6 +17,9 @@ use crate::progress::Progress;
 use crate::workspace;
 
 const PACKAGES: [&str; 2] = ["qemu-system-x86", "linux-image-cloud-amd64"];
+
+/// QEMU below the tree it is unpacked to.
+const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 
 /// The unpacked programs and kernel.
 #[derive(Debug)]
@@ -35,6 +37,7 @@ impl Machine {
             let key = Key::new()
                 .with(include_str!("machine.rs"))
                 .with(include_str!("debian.rs"))
+                .with(include_str!("qemu.rs"))
                 .with_file(&list)?
                 .text();
             let modules = fs::read_to_string(&list).context("cannot read tests/host/modules")?;
@@ -76,7 +79,7 @@ impl Machine {
             .args(["--pdeathsig", "KILL"])
             .arg(root.join("usr/lib64/ld-linux-x86-64.so.2"))
             .args(["--library-path", &libraries])
-            .arg(root.join("usr/bin/qemu-system-x86_64"))
+            .arg(root.join(PROGRAM))
             .arg("-L")
             .arg(root.join("usr/share/qemu"))
             .arg("-L")
@@ -93,6 +96,7 @@ fn make(directory: &Path, wanted: &str) -> Result<()> {
         directory.join("vmlinuz"),
     )
     .context("cannot copy the host's kernel")?;
+    qemu::repair(&root.join(PROGRAM))?;
     let all = root.join("usr/lib/modules");
     let release = debian::find(&all, "")?;
     let release = release
