@@ -158,6 +158,8 @@ pub fn prepare_cri(directory: &Path) {
         &directory.join("logs"),
         Path::new("/var/lib/cni/results"),
         Path::new("/run/netns"),
+        // Of runc, as containerd's shim starts it.
+        Path::new("/run/containerd/runc/k8s.io"),
     ] {
         fs::create_dir_all(path).expect("a directory");
     }
