@@ -2,7 +2,7 @@
 
 use bulkhead_vmm::memory::GuestMemory;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
 /// Bytes of each of the two ranges of RAM.
 pub const SIZE: u64 = 128 << 10;
@@ -27,10 +27,9 @@ pub struct Ram {
 impl Ram {
     /// Maps the ranges.
     pub fn map() -> Self {
-        let ranges = [(LOW, SIZE), (HIGH, SIZE), (PLUG, PLUG_SIZE)];
-        let memory =
-            GuestMemory::from_regions(ranges.into_iter().map(range).collect()).expect("ranges are apart");
-        Self { memory }
+        Self {
+            memory: guarded(&[(LOW, SIZE), (HIGH, SIZE), (PLUG, PLUG_SIZE)]),
+        }
     }
 
     /// Zeroes the RAM, not what can be plugged.
@@ -50,6 +49,21 @@ impl Ram {
         self.memory
             .read_slice(high, GuestAddress(HIGH))
             .expect("it is RAM");
+    }
+}
+
+/// Guest memory of these ranges, with nothing mapped around them. It stays for the life of the process.
+pub fn guarded(ranges: &[(u64, u64)]) -> GuestMemory {
+    GuestMemory::from_regions(ranges.iter().copied().map(range).collect()).expect("ranges are apart")
+}
+
+/// Empties guest memory made by [`guarded`].
+pub fn discard(memory: &GuestMemory) {
+    for region in memory.iter() {
+        // SAFETY: the range is that of an anonymous mapping, of which no reference exists.
+        let result =
+            unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
     }
 }
 
