@@ -12,8 +12,8 @@ pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
-#[cfg(test)]
-pub(crate) mod test_queue;
+#[cfg(any(test, fuzzing))]
+pub mod test_queue;
 pub mod vsock;
 pub mod worker;
 

@@ -4,6 +4,8 @@
 //! request may block on the host's file systems, and because it changes directory, umask and credentials
 //! of its thread while it works.
 
+#[cfg(fuzzing)]
+mod inline;
 mod message;
 mod server;
 #[cfg(test)]
@@ -22,6 +24,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
 use super::worker::Worker;
 use super::{Activation, DeviceError, Turn, VirtioDevice, config};
+
+#[cfg(fuzzing)]
+pub use inline::Inline;
 
 /// Longest tag in bytes (virtio 1.2, 5.11.4).
 const TAG_SIZE: usize = 36;

@@ -18,7 +18,10 @@ mod device;
 mod event;
 mod far_end;
 mod mux;
+#[cfg(not(fuzzing))]
 mod packet;
+#[cfg(fuzzing)]
+pub mod packet;
 mod ring;
 #[cfg(test)]
 mod tests;

@@ -39,9 +39,9 @@ const XATTR: [u32; 2] = [22, 23];
 /// Largest value or list of extended attributes in Linux (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: u32 = 64 << 10;
 
-/// How much of a message with names is copied: more than names, arguments and header can take. The target of
-/// a symbolic link follows its name and may be longer.
-const NAMED_COPY_SIZE: usize = 0x1000;
+/// How much of a message with names is copied: more than header, arguments and two names of `PATH_MAX` bytes
+/// can take, the longest Linux sends. The target of a symbolic link follows its name and may be longer.
+const NAMED_COPY_SIZE: usize = 0x3000;
 
 /// Where the private memory appears to the library: above all that is physical.
 const PRIVATE: u64 = 1 << 60;
@@ -103,7 +103,8 @@ impl Messages {
         if copied < IN_HEADER_SIZE {
             return Err(DeviceError::Protocol("FUSE message without a header"));
         }
-        self.copy.fill(0);
+        // What a short message leaves is not that of the one before. Of one with names only what is read is used.
+        self.copy[..COPY_SIZE].fill(0);
         chain.read_at(&self.memory, 0, &mut self.copy[..copied])?;
         let header = check(&self.copy, chain.writable_len())?;
         if let Some(names) = names::position(header.opcode) {

@@ -149,18 +149,21 @@ impl Vsock {
         self.mux.has_undelivered()
     }
 
-    #[cfg(test)]
-    pub(super) fn expire(&mut self, now: std::time::Instant) {
+    /// Ends connections to the guest that it has not answered by `now`.
+    #[cfg(any(test, fuzzing))]
+    pub fn expire(&mut self, now: std::time::Instant) {
         self.mux.expire(now);
     }
 
-    #[cfg(test)]
-    pub(super) fn buffered(&self) -> usize {
+    /// Bytes of the guest that wait for far ends.
+    #[cfg(any(test, fuzzing))]
+    pub fn buffered(&self) -> usize {
         self.mux.buffered()
     }
 
-    #[cfg(test)]
-    pub(super) fn queued_packets(&self) -> usize {
+    /// Control packets that wait for a receive buffer.
+    #[cfg(any(test, fuzzing))]
+    pub fn queued_packets(&self) -> usize {
         self.mux.queued_packets()
     }
 

@@ -359,12 +359,12 @@ impl Mux {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn buffered(&self) -> usize {
         self.streams.values().map(Connection::buffered).sum()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn queued_packets(&self) -> usize {
         self.ready.len() + self.resets.len()
     }

@@ -1,9 +1,9 @@
 //! Names in FUSE messages.
 //!
-//! The library resolves the name of a lookup inside the shared tree, but hands those of new, removed and
-//! renamed entries to `mkdirat`, `unlinkat`, `renameat2` and the like as they come. With `..` or `/` in
-//! them they would lead out of the tree, so what is not the name of one entry is refused here. A kernel
-//! resolves paths itself and never sends one.
+//! The library hands the names of new, removed and renamed entries to `mkdirat`, `unlinkat`, `renameat2` and
+//! the like as they come, and has the name of a lookup resolved inside the shared tree only where the host's
+//! kernel has `openat2`. With `..` or `/` in them they would lead out of the tree, so what is not the name of
+//! one entry is refused here. A kernel resolves paths itself and never sends one.
 
 use crate::virtio::DeviceError;
 
@@ -16,11 +16,11 @@ pub(super) struct Names {
     count: usize,
 }
 
-/// Names of the requests that change a directory (Linux `include/uapi/linux/fuse.h`).
+/// Names of the requests that are about an entry of a directory (Linux `include/uapi/linux/fuse.h`).
 pub(super) fn position(opcode: u32) -> Option<Names> {
     let (offset, count) = match opcode {
-        // SYMLINK (the target that follows may be any text), UNLINK, RMDIR
-        6 | 10 | 11 => (0, 1),
+        // LOOKUP, SYMLINK (the target that follows may be any text), UNLINK, RMDIR
+        1 | 6 | 10 | 11 => (0, 1),
         // MKDIR, LINK
         9 | 13 => (8, 1),
         // MKNOD, CREATE
