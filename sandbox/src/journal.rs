@@ -44,9 +44,6 @@ pub enum JournalError {
     /// The file cannot be read.
     #[error("Cannot read the journal {}", .0.display())]
     Read(PathBuf, #[source] std::io::Error),
-    /// Another process has the journal.
-    #[error("The journal in {} is in use", .0.display())]
-    InUse(PathBuf),
     /// Something could not be undone; the journal stays.
     #[error("Cannot undo {0}")]
     Undo(String, #[source] UndoError),
@@ -263,7 +260,16 @@ fn dead_below(parent: &Path) -> Vec<(PathBuf, Flock<File>)> {
     directories
         .filter_map(|directory| {
             let lock = lock(&directory.join(FILE), FlockArg::LockExclusiveNonblock).ok()?;
-            Some((directory, lock))
+            // One of an earlier version has no lock.
+            let lives = read(&directory).ok()?.iter().any(|entry| match entry {
+                Entry::Process {
+                    pid,
+                    start_time,
+                    role: Role::Shim,
+                } => spawn::start_time(*pid) == Some(*start_time),
+                _ => false,
+            });
+            (!lives).then_some((directory, lock))
         })
         .collect()
 }
@@ -272,10 +278,11 @@ fn lock(path: &Path, how: FlockArg) -> std::io::Result<Flock<File>> {
     Flock::lock(File::open(path)?, how).map_err(|(_, errno)| errno.into())
 }
 
-/// Undoes what a crashed sandbox left in `directory`, for one that takes its place. No directory is no error.
+/// Undoes what a crashed sandbox left in `directory`, for one that takes its place. One that is on its way out has a while
+/// to go by itself. No directory is no error.
 ///
 /// # Errors
-/// As [`replay`]; [`JournalError::InUse`] if its owner lives, or others are still at it.
+/// As [`replay`].
 pub fn take_over(directory: &Path) -> Result<(), JournalError> {
     let deadline = std::time::Instant::now() + TAKE_OVER_WAIT;
     loop {
@@ -286,7 +293,8 @@ pub fn take_over(directory: &Path) -> Result<(), JournalError> {
             Err(_) if std::time::Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            Err(_) => return Err(JournalError::InUse(directory.into())),
+            // It does not end by itself: the replay ends it.
+            Err(_) => return replay(directory),
         }
     }
 }
