@@ -174,6 +174,8 @@ struct Record {
     slots: Vec<u32>,
     /// How far its creation is.
     step: Step,
+    /// The agent's part of its creation, which cannot be called back.
+    making: Option<tokio::task::JoinHandle<()>>,
     /// Set when its creation is to end.
     cancelled: watch::Sender<bool>,
 }
@@ -190,6 +192,7 @@ impl Record {
             sizes: HashMap::new(),
             slots: Vec::new(),
             step: Step::RootMounted,
+            making: None,
             cancelled: watch::Sender::new(false),
         }
     }

@@ -106,6 +106,10 @@ impl Sandbox {
                         vm.kill();
                     }
                 }
+                // What the agent makes can only be removed once it is made.
+                if let Ok(Some(making)) = self.with(&id, |record| Ok(record.making.take())) {
+                    let _ = making.await;
+                }
                 self.release_resources(&id).await;
                 self.lock().containers.remove(&id);
             }
@@ -229,7 +233,17 @@ impl Sandbox {
             ..CreateContainerRequest::default()
         };
         self.step(&id, Step::GuestContainer).await?;
-        guest.agent.create_container(&message).await?;
+        let (sender, made) = tokio::sync::oneshot::channel();
+        let agent = guest.agent.clone();
+        let making = tokio::spawn(async move {
+            // Nobody listens after a cancellation.
+            let _ = sender.send(agent.create_container(&message).await);
+        });
+        self.with(&id, |record| {
+            record.making = Some(making);
+            Ok(())
+        })?;
+        made.await.map_err(|_| Error::NoContainer(id.clone()))??;
         self.step(&id, Step::VmFitted).await?;
         self.adjust(&guest, Resize::Fit).await
     }

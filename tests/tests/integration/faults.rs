@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,6 +23,9 @@ const CONTROL: &str = "/run/bulkhead-fault";
 
 /// How long an answer may take, here and in the emulated host.
 const ANSWER: Duration = Duration::from_secs(1);
+
+/// More failures than this, and the rest is not tried.
+const MOST_FAILED: usize = 12;
 
 /// A step of the shim's list.
 #[derive(Clone, Debug)]
@@ -125,6 +129,12 @@ impl Walk {
         }
     }
 
+    /// What is there now is not what a case leaves.
+    fn take_baseline(&mut self) {
+        let containerd = self.test.containerd;
+        self.baseline = Snapshot::take(containerd.pid(), &containerd.directory.join("state"));
+    }
+
     fn start(&self) -> Session {
         let command = ["tasks", "start", "--detach", "--null-io", &self.id];
         Session::start(self.test.containerd.ctr(&command), config().seconds(60))
@@ -183,19 +193,14 @@ impl Walk {
             let _ = self.test.ctr(&["tasks", "delete", "-f", &self.id]);
             false
         });
-        assert!(
-            gone,
-            "after {after}: {:?}\n{}",
-            self.test.task(&self.id),
-            self.test.logs()
-        );
+        assert!(gone, "after {after}: {:?}", self.test.task(&self.id));
         let containerd = self.test.containerd;
         let state = containerd.directory.join("state");
         if let Err(left) = self
             .baseline
             .wait_clean(containerd.pid(), &state, config().seconds(5))
         {
-            panic!("left after {after}:\n{left}{}", self.test.logs());
+            panic!("left after {after}:\n{left}");
         }
         let mut command = Command::new("ip");
         command.args([
@@ -265,6 +270,30 @@ fn interleave(cases: Vec<(Step, Fault)>) -> Vec<(Step, Fault)> {
     }
 }
 
+/// Runs each case; one that fails does not keep the others from being tried.
+fn each<T>(walk: &mut Walk, cases: &[T], name: impl Fn(&T) -> String, run: impl Fn(&Walk, usize, &T)) {
+    let containerd = walk.test.containerd;
+    let begin = Instant::now();
+    let mut failed = Vec::new();
+    for (number, case) in cases.iter().enumerate() {
+        let name = name(case);
+        println!("{:>4} s: {name}", begin.elapsed().as_secs());
+        let log = containerd.log_size();
+        let ran = catch_unwind(AssertUnwindSafe(|| run(walk, number, case)));
+        if ran.is_err() {
+            eprintln!("{name} failed:\n{}", containerd.log_tail(log));
+            failed.push(name);
+            assert!(failed.len() < MOST_FAILED, "failed: {failed:#?}");
+            let _ = fs::remove_file(CONTROL);
+            let _ = catch_unwind(AssertUnwindSafe(|| walk.clean("a failure")));
+            // What is left now is not the next one's.
+            walk.take_baseline();
+        }
+    }
+    assert!(failed.is_empty(), "failed: {failed:#?}");
+    println!("{} cases in {:?}", cases.len(), begin.elapsed());
+}
+
 #[test]
 fn nothing_is_left_whatever_step_fails() {
     let steps = steps();
@@ -272,48 +301,44 @@ fn nothing_is_left_whatever_step_fails() {
     let events = follow_for(&walk.test, 1000);
     // The first one makes what containerd keeps.
     walk.live("delete").unwrap();
-    let containerd = walk.test.containerd;
-    walk.baseline = Snapshot::take(containerd.pid(), &containerd.directory.join("state"));
+    walk.take_baseline();
+    let id = walk.id.clone();
     let exits = || {
-        of_task(&events, &walk.id)
+        of_task(&events, &id)
             .iter()
             .filter(|(topic, _)| topic == "/tasks/exit")
             .count()
     };
     let cases = interleave(cases(&steps));
-    let begin = Instant::now();
-    for (number, (step, fault)) in cases.iter().enumerate() {
-        let name = format!("{} {} ({})", step.name, fault.mode(), step.operation);
-        println!("{:>4} s: {name}", begin.elapsed().as_secs());
+    let name = |(step, fault): &(Step, Fault)| format!("{} {} ({})", step.name, fault.mode(), step.operation);
+    each(&mut walk, &cases, name, |walk, number, (step, fault)| {
         let before = exits();
         arm(&step.name, fault.mode());
         let answer = walk.live(&step.operation);
         assert!(
             wait_until(config().seconds(5), had),
-            "{name}: the step was not taken; the answer was {answer:?}\n{}",
-            walk.test.logs()
+            "the step was not taken; the answer was {answer:?}"
         );
         // What ends may end in spite of an error.
         let must_tell = step.operation != "delete";
         if must_tell && answer.is_ok() {
             let exit = wait_until(config().seconds(5), || exits() > before);
-            assert!(exit, "{name}: nobody was told\n{}", walk.test.logs());
+            assert!(exit, "nobody was told");
         }
         // Nobody knows yet of what `start` has made when it is killed: the next start undoes it.
         let unknown = step.operation == "create" && step.when == "alone" && *fault == Fault::KillShim;
         if !unknown {
-            walk.clean(&name);
+            walk.clean("the fault");
         }
         let next_creates = cases
             .get(number + 1)
             .is_some_and(|(step, _)| step.operation != "create");
         if step.operation == "create" && !next_creates {
             walk.live("delete")
-                .unwrap_or_else(|error| panic!("a second creation after {name}: {error}"));
-            walk.clean(&name);
+                .unwrap_or_else(|error| panic!("a second creation: {error}"));
+            walk.clean("a second creation");
         }
-    }
-    println!("{} faults in {:?}", cases.len(), begin.elapsed());
+    });
     drop(events);
     walk.end();
 }
@@ -327,64 +352,70 @@ fn timed<T>(call: impl FnOnce() -> T) -> (T, Duration) {
 #[test]
 fn calls_are_answered_while_a_creation_hangs() {
     let steps = steps();
-    let walk = Walk::new("hang", &[]);
-    let hanging = steps
-        .iter()
-        .filter(|step| step.operation == "create" && step.when != "alone");
-    let mut slowest = Duration::ZERO;
-    for (number, step) in hanging.enumerate() {
-        arm(&step.name, "hang");
-        let creating = walk.start();
-        assert!(wait_until(config().seconds(20), had), "{step:?}: {creating}");
-        let shim = Shim::of(&walk.test, &walk.id);
-        let id = &walk.id;
-        let mut check = |what: &str, took: Duration| {
-            slowest = slowest.max(took);
-            assert!(took <= ANSWER, "{what} took {took:?} while {step:?} hangs");
-        };
-        let request = api::StateRequest {
+    let mut walk = Walk::new("hang", &[]);
+    let hanging: Vec<_> = steps
+        .into_iter()
+        .filter(|step| step.operation == "create" && step.when != "alone")
+        .collect();
+    let slowest = Cell::new(Duration::ZERO);
+    let name = |step: &Step| format!("{} hangs", step.name);
+    each(&mut walk, &hanging, name, |walk, number, step| {
+        hang(walk, step, number % 2 == 0, &slowest);
+    });
+    println!("the slowest answer took {:?}", slowest.get());
+    walk.end();
+}
+
+/// Asks a shim whose creation hangs at `step`, and ends the creation by `Kill` or by `Delete`.
+fn hang(walk: &Walk, step: &Step, by_kill: bool, slowest: &Cell<Duration>) {
+    arm(&step.name, "hang");
+    let creating = walk.start();
+    assert!(wait_until(config().seconds(20), had), "{creating}");
+    let shim = Shim::of(&walk.test, &walk.id);
+    let id = &walk.id;
+    let check = |what: &str, took: Duration| {
+        slowest.set(slowest.get().max(took));
+        assert!(took <= ANSWER, "{what} took {took:?}");
+    };
+    let request = api::StateRequest {
+        id: id.clone(),
+        ..api::StateRequest::default()
+    };
+    let (_, took) = timed(|| shim.call(async |client, context| client.state(context, &request).await));
+    check("State", took);
+    let request = api::StatsRequest {
+        id: id.clone(),
+        ..api::StatsRequest::default()
+    };
+    let (_, took) = timed(|| shim.call(async |client, context| client.stats(context, &request).await));
+    check("Stats", took);
+    let kill = |signal: u32| {
+        let request = api::KillRequest {
             id: id.clone(),
-            ..api::StateRequest::default()
+            signal,
+            ..api::KillRequest::default()
         };
-        let (_, took) = timed(|| shim.call(async |client, context| client.state(context, &request).await));
-        check("State", took);
-        let request = api::StatsRequest {
-            id: id.clone(),
-            ..api::StatsRequest::default()
-        };
-        let (_, took) = timed(|| shim.call(async |client, context| client.stats(context, &request).await));
-        check("Stats", took);
-        let kill = |signal: u32| {
-            let request = api::KillRequest {
-                id: id.clone(),
-                signal,
-                ..api::KillRequest::default()
-            };
-            timed(|| shim.call(async |client, context| client.kill(context, &request).await))
-        };
-        check("Kill by SIGTERM", kill(15).1);
-        // Either of the two ends it.
-        if number % 2 == 0 {
-            check("Kill by SIGKILL", kill(9).1);
-        }
+        timed(|| shim.call(async |client, context| client.kill(context, &request).await))
+    };
+    check("Kill by SIGTERM", kill(15).1);
+    if by_kill {
+        check("Kill by SIGKILL", kill(9).1);
+    } else {
         let request = api::DeleteRequest {
             id: id.clone(),
             ..api::DeleteRequest::default()
         };
         let (_, took) = timed(|| shim.call(async |client, context| client.delete(context, &request).await));
         check("Delete", took);
-        if step.name == "StreamsOpened" {
-            // Nothing is being made yet: its client's deadline ends it.
-            drop(creating);
-        } else {
-            let said = creating.finish().expect_error(&["was ended in phase"]);
-            println!("{}: {}", step.name, said.trim());
-        }
-        drop(shim);
-        walk.clean(&step.name);
     }
-    println!("the slowest answer took {slowest:?}");
-    walk.end();
+    drop(shim);
+    if step.name == "StreamsOpened" {
+        // Nothing is being made yet: its client ends it.
+        drop(creating);
+    } else {
+        let _ = creating.finish().expect_error(&["was ended in phase"]);
+    }
+    walk.clean("the end of the creation");
 }
 
 #[test]
