@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
+use crate::fault::Step;
 use crate::journal::JournalError;
 use crate::mount::MountError;
 use crate::network::NetworkError;
@@ -28,6 +29,8 @@ pub enum Kind {
     DeadlineExceeded,
     /// The virtual machine is gone.
     Unavailable,
+    /// Somebody else has ended it.
+    Cancelled,
     /// Something broke.
     Internal,
 }
@@ -131,6 +134,17 @@ pub enum Error {
     /// This runtime does not do that.
     #[error("{0} is not supported")]
     Unsupported(&'static str),
+    /// A step did not succeed.
+    #[error("Failed in phase \"{}\"", .0.words())]
+    Step(Step, #[source] std::io::Error),
+    /// Its end was asked for before it was made.
+    #[error("Container {id} was ended in phase \"{phase}\" of its creation")]
+    Cancelled {
+        /// Container id.
+        id: String,
+        /// How far it was.
+        phase: &'static str,
+    },
     /// A helper task ended early.
     #[error("Internal task failed")]
     Task(#[source] tokio::task::JoinError),
@@ -160,12 +174,14 @@ impl Error {
             Self::State { .. } => Kind::FailedPrecondition,
             Self::Unsupported(_) => Kind::Unimplemented,
             Self::Timeout { .. } => Kind::DeadlineExceeded,
+            Self::Cancelled { .. } => Kind::Cancelled,
             Self::Ended(_) | Self::AgentLost { .. } => Kind::Unavailable,
             Self::Cgroup(CgroupError::Path(_)) => Kind::InvalidArgument,
             Self::Cgroup(_)
             | Self::Journal(_)
             | Self::Mount(_)
             | Self::Vm(_)
+            | Self::Step(..)
             | Self::AgentVersion { .. }
             | Self::Task(_) => Kind::Internal,
         }

@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
+use crate::fault::{self, Step};
 use crate::network::{self, NetworkError};
 use crate::spawn;
 
@@ -26,6 +28,9 @@ const FILE: &str = "journal";
 
 /// How long a killed process may take to go.
 const KILL_WAIT: Duration = Duration::from_secs(2);
+
+/// How long a sandbox on its way out may take to let go of its journal.
+const TAKE_OVER_WAIT: Duration = Duration::from_secs(5);
 
 /// Why the journal cannot be kept or replayed.
 #[derive(Debug, thiserror::Error)]
@@ -110,11 +115,12 @@ pub enum Role {
     Logger,
 }
 
-/// The journal of a live sandbox.
+/// The journal of a live sandbox. Its file is locked (flock(2)) for as long as a process has it, so that others can tell
+/// what a crash has left.
 #[derive(Debug)]
 pub struct Journal {
     directory: PathBuf,
-    file: File,
+    file: Flock<File>,
 }
 
 impl Journal {
@@ -132,6 +138,13 @@ impl Journal {
                 .create(parent)
                 .map_err(fail)?;
         }
+        // Until the file is locked, a sweep would take it for a dead one's.
+        let _no_sweep = directory
+            .parent()
+            .map(|parent| lock(parent, FlockArg::LockShared))
+            .transpose()
+            .map_err(fail)?;
+        fault::point(Step::JournalMade).map_err(fail)?;
         fs::DirBuilder::new()
             .mode(0o700)
             .create(directory)
@@ -142,11 +155,20 @@ impl Journal {
             .append(true)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| JournalError::Write(path, error))?;
-        Ok(Self {
-            directory: directory.into(),
-            file,
-        })
+            .and_then(|file| {
+                Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+            });
+        match file {
+            Ok(file) => Ok(Self {
+                directory: directory.into(),
+                file,
+            }),
+            Err(error) => {
+                let _ = fs::remove_file(&path);
+                let _ = fs::remove_dir(directory);
+                Err(JournalError::Write(path, error))
+            }
+        }
     }
 
     /// The state directory.
@@ -164,7 +186,7 @@ impl Journal {
         let mut line = serde_json::to_vec(entry).map_err(|error| fail(error.into()))?;
         line.push(b'\n');
         // One write of one line: a crash leaves a whole line or none that parses.
-        (&self.file).write_all(&line).map_err(fail)
+        (&*self.file).write_all(&line).map_err(fail)
     }
 
     /// Undoes everything but the calling process, and removes the state directory.
@@ -172,7 +194,26 @@ impl Journal {
     /// # Errors
     /// [`JournalError::Undo`] for the first entry that could not be undone; the others are.
     pub fn finish(self) -> Result<(), JournalError> {
-        replay(&self.directory)
+        self.undo()
+    }
+
+    /// As [`Journal::finish`], for who wants to try once more.
+    ///
+    /// # Errors
+    /// As [`Journal::finish`].
+    pub fn undo(&self) -> Result<(), JournalError> {
+        let step = |step: Step| fault::point(step).map_err(|error| self.failed(step, error));
+        step(Step::JournalReplayed)?;
+        undo_entries(&self.directory)?;
+        step(Step::StateRemoved)?;
+        remove_state(&self.directory)
+    }
+
+    fn failed(&self, step: Step, error: std::io::Error) -> JournalError {
+        JournalError::Undo(
+            step.words().to_owned(),
+            UndoError::Remove(self.directory.clone(), error),
+        )
     }
 }
 
@@ -194,6 +235,70 @@ pub fn read(directory: &Path) -> Result<Vec<Entry>, JournalError> {
         .collect())
 }
 
+/// Undoes every journal below `parent` whose owner is dead: one that was killed before anybody knew of it is undone by
+/// the next. What cannot be undone is logged.
+pub fn sweep(parent: &Path) {
+    let dead = match lock(parent, FlockArg::LockExclusiveNonblock) {
+        Ok(_no_creation) => dead_below(parent),
+        // Somebody makes a journal, or sweeps already; or there is none.
+        Err(_) => return,
+    };
+    for (directory, _lock) in dead {
+        log::warn!("cleaning up after a crash: {}", directory.display());
+        if let Err(error) = replay(&directory) {
+            log::warn!("{}", crate::error::chain(&error));
+        }
+    }
+}
+
+/// Directories with a journal that nobody has locked, now locked.
+fn dead_below(parent: &Path) -> Vec<(PathBuf, Flock<File>)> {
+    let Ok(entries) = fs::read_dir(parent) else {
+        return Vec::new();
+    };
+    let directories = entries.flatten().map(|entry| entry.path());
+    directories
+        .filter_map(|directory| {
+            let lock = lock(&directory.join(FILE), FlockArg::LockExclusiveNonblock).ok()?;
+            // One of an earlier version has no lock.
+            let lives = read(&directory).ok()?.iter().any(|entry| match entry {
+                Entry::Process {
+                    pid,
+                    start_time,
+                    role: Role::Shim,
+                } => spawn::start_time(*pid) == Some(*start_time),
+                _ => false,
+            });
+            (!lives).then_some((directory, lock))
+        })
+        .collect()
+}
+
+fn lock(path: &Path, how: FlockArg) -> std::io::Result<Flock<File>> {
+    Flock::lock(File::open(path)?, how).map_err(|(_, errno)| errno.into())
+}
+
+/// Undoes what a crashed sandbox left in `directory`, for one that takes its place. One that is on its way out has a while
+/// to go by itself. No directory is no error.
+///
+/// # Errors
+/// As [`replay`].
+pub fn take_over(directory: &Path) -> Result<(), JournalError> {
+    let deadline = std::time::Instant::now() + TAKE_OVER_WAIT;
+    loop {
+        match lock(&directory.join(FILE), FlockArg::LockExclusiveNonblock) {
+            // It stays locked until it is gone.
+            Ok(_lock) => return replay(directory),
+            Err(error) if error.kind() == ErrorKind::NotFound => return replay(directory),
+            Err(_) if std::time::Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            // It does not end by itself: the replay ends it.
+            Err(_) => return replay(directory),
+        }
+    }
+}
+
 /// Undoes the journal in `directory` in reverse order and removes the directory; the calling process is
 /// left alone. No directory is no error.
 ///
@@ -201,6 +306,11 @@ pub fn read(directory: &Path) -> Result<Vec<Entry>, JournalError> {
 /// [`JournalError::Undo`] for the first entry that could not be undone. The rest is undone all the same;
 /// the journal stays for the next attempt.
 pub fn replay(directory: &Path) -> Result<(), JournalError> {
+    undo_entries(directory)?;
+    remove_state(directory)
+}
+
+fn undo_entries(directory: &Path) -> Result<(), JournalError> {
     let mut first_error = None;
     for entry in read(directory)?.iter().rev() {
         if let Err(error) = undo(entry) {
@@ -208,9 +318,10 @@ pub fn replay(directory: &Path) -> Result<(), JournalError> {
             first_error.get_or_insert(JournalError::Undo(format!("{entry:?}"), error));
         }
     }
-    if let Some(error) = first_error {
-        return Err(error);
-    }
+    first_error.map_or(Ok(()), Err)
+}
+
+fn remove_state(directory: &Path) -> Result<(), JournalError> {
     remove_tree(directory)
         .map_err(|error| JournalError::Undo(format!("state directory {}", directory.display()), error))
 }

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::error::Kind;
+use crate::fault::{self, Step};
 use crate::journal::{Entry, JournalError};
 use crate::spec::NetworkNamespace;
 
@@ -54,6 +55,9 @@ pub enum NetworkError {
     /// The journal cannot be kept.
     #[error("Cannot write the journal")]
     Journal(#[source] Box<JournalError>),
+    /// A step did not succeed.
+    #[error("Failed in phase \"{}\"", .0.words())]
+    Step(Step, #[source] std::io::Error),
     /// A namespace cannot be made.
     #[error("Cannot create a network namespace")]
     Create(#[source] Errno),
@@ -103,6 +107,7 @@ impl NetworkError {
 /// # Errors
 /// [`NetworkError`]; the namespace is as it was.
 pub fn enter(namespace: &NetworkNamespace) -> Result<Claim, NetworkError> {
+    fault::point(Step::NetworkEntered).map_err(|error| NetworkError::Step(Step::NetworkEntered, error))?;
     match namespace {
         NetworkNamespace::Fresh => unshare(CloneFlags::CLONE_NEWNET).map_err(NetworkError::Create)?,
         NetworkNamespace::Path(path) => {

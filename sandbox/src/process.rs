@@ -445,6 +445,12 @@ impl Container {
         }
     }
 
+    /// Whether the guest is still making the container.
+    #[must_use]
+    pub fn is_creating(&self) -> bool {
+        self.init.phase == Phase::Creating
+    }
+
     /// Whether the container has a process that runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +13,7 @@ use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::config::Configuration;
 use crate::error::Error;
+use crate::fault::{self, Step};
 use crate::journal::Journal;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
@@ -26,6 +26,7 @@ use crate::timeline::Timeline;
 use crate::vm::{Vm, VmEnd};
 
 mod boot;
+mod create;
 mod event;
 mod lifecycle;
 mod network;
@@ -40,6 +41,12 @@ const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a process's output may take to drain after its end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a cancelled creation may take to be gone before who has cancelled it gets an answer.
+const CANCEL_WAIT: Duration = Duration::from_millis(500);
+
+/// How long the guest may take to confirm a SIGKILL before the answer goes without it.
+const KILL_ANSWER: Duration = Duration::from_millis(500);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -165,6 +172,12 @@ struct Record {
     execs: HashMap<String, Vec<u8>>,
     sizes: HashMap<String, (u32, u32)>,
     slots: Vec<u32>,
+    /// How far its creation is.
+    step: Step,
+    /// The agent's part of its creation, which cannot be called back.
+    making: Option<tokio::task::JoinHandle<()>>,
+    /// Set when its creation is to end.
+    cancelled: watch::Sender<bool>,
 }
 
 impl Record {
@@ -178,6 +191,9 @@ impl Record {
             execs: HashMap::new(),
             sizes: HashMap::new(),
             slots: Vec::new(),
+            step: Step::RootMounted,
+            making: None,
+            cancelled: watch::Sender::new(false),
         }
     }
 }
@@ -188,6 +204,8 @@ struct State {
     slots: Vec<bool>,
     vm: Option<Vm>,
     settle: Option<network::Settle>,
+    /// How far the boot is.
+    boot_step: Step,
 }
 
 struct Inner {
@@ -215,7 +233,7 @@ struct Inner {
     boot: watch::Sender<Boot>,
     /// Set when the VM has ended or will never be.
     end: watch::Sender<Option<Exit>>,
-    stopping: AtomicBool,
+    stopping: watch::Sender<bool>,
 }
 
 /// Handle of a sandbox. Its methods answer at once unless they say that they wait.
@@ -242,9 +260,12 @@ impl Sandbox {
         let root = options.journal.directory().join("shared");
         let (tree, refusal) = match refusal {
             Some(error) => (None, Some(error)),
-            None => match SharedTree::create(&root) {
+            None => match fault::point(Step::TreeMounted)
+                .map_err(|error| Error::Step(Step::TreeMounted, error))
+                .and_then(|()| Ok(SharedTree::create(&root)?))
+            {
                 Ok(tree) => (Some(tree), None),
-                Err(error) => (None, Some(error.into())),
+                Err(error) => (None, Some(error)),
             },
         };
         let sandbox = Self(Arc::new(Inner {
@@ -266,6 +287,7 @@ impl Sandbox {
                 slots: vec![false; slots],
                 vm: None,
                 settle: None,
+                boot_step: Step::VmmStarted,
             }),
             applied: tokio::sync::Mutex::default(),
             streams: StreamTable::default(),
@@ -273,7 +295,7 @@ impl Sandbox {
             watch: Mutex::default(),
             boot: watch::Sender::new(Boot::Pending),
             end: watch::Sender::new(None),
-            stopping: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
             config: options.config,
         }));
         match refusal {
@@ -301,10 +323,22 @@ impl Sandbox {
         &self.0.timeline
     }
 
-    /// Whether no container is left.
+    /// Whether no container is left, but for those whose creation has been cancelled.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.lock().containers.is_empty()
+        self.lock()
+            .containers
+            .values()
+            .all(|record| record.machine.is_creating() && *record.cancelled.borrow())
+    }
+
+    fn is_stopping(&self) -> bool {
+        *self.0.stopping.borrow()
+    }
+
+    /// The end that follows is no news.
+    fn begin_stop(&self) {
+        self.0.stopping.send_replace(true);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -399,7 +433,7 @@ impl Sandbox {
 
     /// The VM has ended: so has everything in it.
     fn vm_ended(&self, end: &VmEnd) {
-        let expected = self.0.stopping.load(Ordering::Relaxed);
+        let expected = self.is_stopping();
         if expected {
             log::debug!("sandbox {}: the virtual machine has ended: {end}", self.0.id);
         } else {
@@ -412,6 +446,17 @@ impl Sandbox {
         for (id, record) in &mut state.containers {
             let alive = record.machine.is_alive();
             let told = record.machine.lost(exit);
+            if alive && !expected {
+                if end.out_of_memory {
+                    self.0.sink.event(SandboxEvent::OutOfMemory {
+                        container: id.clone(),
+                    });
+                }
+                self.0.sink.event(SandboxEvent::Lost {
+                    container: id.clone(),
+                    reason: end.to_string(),
+                });
+            }
             if alive {
                 self.tell(id, record, told);
             } else {
@@ -435,8 +480,8 @@ impl Sandbox {
     /// Ends the VM, and with it every container; what the sandbox has acquired on the host stays. An orderly end,
     /// which a guest with writable disks gets, may take `limit`.
     pub async fn halt(&self, limit: Duration) {
-        self.0.stopping.store(true, Ordering::Relaxed);
-        // A boot under way sees the flag, or finds its VM killed.
+        // A boot under way ends with it.
+        self.begin_stop();
         if let Some(vm) = self.vm_now() {
             let has_disks = self.lock().slots.iter().any(|used| *used);
             if has_disks && let Ok(agent) = self.agent_now() {
@@ -453,29 +498,50 @@ impl Sandbox {
         }
     }
 
-    /// Ends the VM and gives back everything the sandbox has acquired. Waits until it is done.
+    /// Ends the VM and gives back everything the sandbox has acquired. Waits until it is done. What fails is tried
+    /// once more after the rest.
     ///
     /// # Errors
     /// What could not be given back; the journal stays then.
     pub async fn stop(&self) -> Result<(), Error> {
+        let halted = fault::reach(Step::VmHalted).await;
         self.halt(SHUTDOWN_LIMIT).await;
         self.lock().containers.clear();
-        if let Some(tree) = &self.0.tree {
-            // What is left of the containers goes with it.
-            tree.unmount()?;
-        }
         self.0.timeline.save(&self.0.id);
-        // A process in the cgroup would keep it: this one goes back to where it came from.
-        if let (Some(_), Some(home)) = (&self.0.cgroup, &self.0.home_cgroup) {
-            Cgroup::new(home.clone()).add(std::process::id())?;
-        }
+        let first = halted
+            .map_err(|error| Error::Step(Step::VmHalted, error))
+            .and(self.give_back());
         let journal = self
             .0
             .journal
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        if let Err(error) = first.and_then(|()| Ok(journal.as_ref().map_or(Ok(()), Journal::undo)?)) {
+            log::warn!(
+                "sandbox {}: once more: {}",
+                self.0.id,
+                crate::error::chain(&error)
+            );
+            self.give_back()?;
+        }
         journal.map_or(Ok(()), Journal::finish)?;
+        Ok(())
+    }
+
+    /// What the journal does not know of, or needs for its replay.
+    fn give_back(&self) -> Result<(), Error> {
+        let step = |step| fault::point(step).map_err(|error| Error::Step(step, error));
+        if let Some(tree) = &self.0.tree {
+            step(Step::TreeUnmounted)?;
+            // What is left of the containers goes with it.
+            tree.unmount()?;
+        }
+        // A process in the cgroup would keep it: this one goes back to where it came from.
+        if let (Some(_), Some(home)) = (&self.0.cgroup, &self.0.home_cgroup) {
+            step(Step::CgroupLeft)?;
+            Cgroup::new(home.clone()).add(std::process::id())?;
+        }
         Ok(())
     }
 }

@@ -123,13 +123,13 @@ impl StreamTable {
             }
             listens.push((port, stream.far_end));
         }
+        // Also when nobody waits for the answer any more.
+        let mut opening = Opening(self, Some(streams));
         for (port, far_end) in listens {
             let request = Request::VsockListen { port, far_end: Fd(0) };
-            if let Err(error) = vm.ask(request, vec![far_end]).await {
-                self.close(&streams);
-                return Err(error);
-            }
+            vm.ask(request, vec![far_end]).await?;
         }
+        let streams = opening.1.take().ok_or(VmError::Gone)?;
         Ok((message, streams))
     }
 
@@ -236,6 +236,17 @@ impl StreamTable {
             }
         }
         self.close(streams);
+    }
+}
+
+/// Closes a process's streams again unless all of them were opened.
+struct Opening<'a>(&'a StreamTable, Option<ProcessStreams>);
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        if let Some(streams) = self.1.take() {
+            self.0.close(&streams);
+        }
     }
 }
 

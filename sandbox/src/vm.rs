@@ -84,6 +84,8 @@ pub struct VmEnd {
     pub orderly: bool,
     /// End of the guest console, one line; may be empty.
     pub console: String,
+    /// Whether the host killed it because the pod's cgroup had no memory left.
+    pub out_of_memory: bool,
 }
 
 impl std::fmt::Display for VmEnd {
@@ -366,6 +368,7 @@ fn unknown_end() -> Arc<VmEnd> {
         reason: "unknown".into(),
         orderly: false,
         console: String::new(),
+        out_of_memory: false,
     })
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use bulkhead_sandbox::cgroup::Cgroup;
 use bulkhead_sandbox::config::Configuration;
 use bulkhead_sandbox::error::chain;
+use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{Entry, Journal, Role};
 use bulkhead_sandbox::network::{self, GuestNetwork};
 use bulkhead_sandbox::spec::NetworkNamespace;
@@ -97,7 +98,12 @@ pub fn run(daemon: Daemon) -> ! {
     set_oom_score_adj();
     let entered = enter_namespaces(daemon.first.as_ref().map(|first| &first.network), &daemon.journal);
     let code = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(serve(daemon, entered)),
+        Ok(runtime) => {
+            let code = runtime.block_on(serve(daemon, entered));
+            // A mount that hangs keeps its thread; nobody waits for that.
+            runtime.shutdown_background();
+            code
+        }
         Err(error) => {
             log::error!("cannot make the runtime: {error}");
             1
@@ -164,12 +170,12 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
             role: Role::Shim,
         })
     });
-    if let Some(entry) = recorded
-        && let Err(error) = journal.record(&entry)
-    {
-        log::error!("{}", chain(&error));
-        return 1;
-    }
+    let step = Step::ServerRecorded;
+    let recorded = fault::point(step)
+        .map_err(|error| Error::Step(step, error))
+        .and_then(|()| recorded.map_or(Ok(()), |entry| Ok(journal.record(&entry)?)));
+    // Whoever asks gets the reason.
+    let entered = recorded.and(entered);
     let timeline = Timeline::new(
         config
             .timeline_dir

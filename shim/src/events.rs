@@ -12,6 +12,7 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::struct_::{Struct, Value};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};
 use tokio::sync::{mpsc, oneshot};
@@ -22,6 +23,10 @@ use crate::io::Paths;
 
 /// Most events that wait for containerd.
 const QUEUE: usize = 2048;
+
+/// Topic of the event that says why a virtual machine has ended: a `google.protobuf.Struct` of the strings
+/// `container_id` and `reason`, because containerd has no message for that.
+const LOST_TOPIC: &str = "/tasks/vm-ended";
 
 /// How long one delivery may take.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
@@ -184,6 +189,15 @@ impl EventSink for Publisher {
                     ..event::TaskOOM::default()
                 };
                 self.publish(topics::TASK_OOM_EVENT_TOPIC, &message);
+            }
+            SandboxEvent::Lost { container, reason } => {
+                let mut message = Struct::new();
+                for (key, text) in [("container_id", container), ("reason", reason)] {
+                    let mut value = Value::new();
+                    value.set_string_value(text);
+                    message.fields.insert(key.to_owned(), value);
+                }
+                self.publish(LOST_TOPIC, &message);
             }
             SandboxEvent::Paused { container } => {
                 let message = event::TaskPaused {

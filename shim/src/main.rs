@@ -31,6 +31,10 @@ mod status;
 use args::Action;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "fault-injection")]
+    if std::env::args().nth(1).as_deref() == Some("fault-steps") {
+        return fault_steps();
+    }
     let args = match args::parse(std::env::args().skip(1)) {
         Ok(args) => args,
         Err(error) => return fail(&error),
@@ -54,6 +58,15 @@ fn main() -> ExitCode {
             .as_bytes(),
         ),
     }
+}
+
+/// The steps at which this build can fail, one line each: name, operation, who is there.
+#[cfg(feature = "fault-injection")]
+fn fault_steps() -> ExitCode {
+    let lines = bulkhead_sandbox::fault::Step::ALL
+        .iter()
+        .map(|step| format!("{} {} {}\n", step.name(), step.operation(), step.when().name()));
+    print(lines.collect::<String>().as_bytes())
 }
 
 fn print(bytes: &[u8]) -> ExitCode {

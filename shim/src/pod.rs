@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bulkhead_sandbox::cgroup::{self, Cgroup};
 use bulkhead_sandbox::config::Configuration;
+use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{Entry, Journal};
 use bulkhead_sandbox::network::GuestNetwork;
 use bulkhead_sandbox::resources::Demand;
@@ -216,6 +217,7 @@ pub fn make_cgroup(spec: &Spec, id: &str, journal: &Journal) -> Result<Option<Cg
     journal.record(&Entry::Cgroup {
         path: relative.clone(),
     })?;
+    fault::point(Step::CgroupMade).map_err(|error| Error::Step(Step::CgroupMade, error))?;
     let cgroup = Cgroup::new(relative);
     cgroup.create()?;
     Ok(Some(cgroup))

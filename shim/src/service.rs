@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::mount::Mount;
 use bulkhead_sandbox::{
     ContainerRequest, Error, ExecRequest, Exit, PidNamespace, Role, Sandbox, Status, Stdio, spec,
@@ -97,6 +98,9 @@ impl Service {
         let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
         let role = self.pod.role(&request.id)?;
         let pid_namespace = self.pid_namespace(&spec, role);
+        fault::reach(Step::StreamsOpened)
+            .await
+            .map_err(|error| from_sandbox(&Error::Step(Step::StreamsOpened, error)))?;
         let stdio = if role == Role::Sandbox {
             Stdio::default()
         } else {
@@ -125,6 +129,21 @@ impl Service {
             .create(container)
             .await
             .map_err(|error| from_sandbox(&error))
+    }
+}
+
+/// A task that is forgotten again unless it is made.
+struct NewTask<'a> {
+    service: &'a Service,
+    id: &'a str,
+    keep: bool,
+}
+
+impl Drop for NewTask<'_> {
+    fn drop(&mut self) {
+        if !self.keep {
+            self.service.tasks().remove(self.id);
+        }
     }
 }
 
@@ -216,10 +235,15 @@ impl TaskService for Service {
             };
             tasks.insert(request.id.clone(), task);
         }
-        if let Err(error) = self.create_container(&request, &paths).await {
-            self.tasks().remove(&request.id);
-            return Err(error);
-        }
+        // Also when containerd's client has given up, and this call with it.
+        let mut entry = NewTask {
+            service: self,
+            id: &request.id,
+            keep: false,
+        };
+        self.create_container(&request, &paths).await?;
+        entry.keep = true;
+        drop(entry);
         Ok(api::CreateTaskResponse {
             pid: self.pid(&request.id),
             ..api::CreateTaskResponse::default()

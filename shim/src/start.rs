@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_sandbox::cgroup::{self, Cgroup, CgroupError};
 use bulkhead_sandbox::config::{ConfigError, Configuration};
+use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{self, Entry, Journal, JournalError};
 use bulkhead_sandbox::spec::{self, NetworkNamespace, SpecError};
 use bulkhead_sandbox::{Role, spawn, timeline};
@@ -119,12 +120,20 @@ pub fn run(args: &Args) -> Result<String, StartError> {
         // The server is there already: containerd asks a second time.
         return answer(&bundle, &place);
     }
-    journal::replay(&state_dir).map_err(StartError::Replay)?;
+    // A server on its way out, or one that was killed, has no socket but may still have a journal.
+    journal::take_over(&state_dir).map_err(StartError::Replay)?;
+    journal::sweep(&config.state_dir);
 
     // Written first: whatever happens from here on, `delete` finds the journal.
+    step(Step::StateFile, |error| {
+        StartError::Write(bundle.join(STATE_FILE), error)
+    })?;
     write(&bundle.join(STATE_FILE), state_dir.as_os_str().as_encoded_bytes())?;
     let journal = Journal::create(&state_dir)?;
-    let made = make_server(task.as_ref(), &args.id, &place, &journal);
+    let made = make_server(task.as_ref(), &args.id, &place, &journal).and_then(|made| {
+        step(Step::ServerForked, StartError::Input)?;
+        Ok(made)
+    });
     let (listener, cgroup, directory) = match made {
         Ok(made) => made,
         Err(error) => {
@@ -228,6 +237,9 @@ fn make_server(
     journal.record(&Entry::Socket {
         path: place.socket.clone(),
     })?;
+    step(Step::SocketBound, |error| {
+        StartError::Listen(place.socket.clone(), error)
+    })?;
     let listener = listen(&place.socket)?;
     let cgroup = task
         .map(|task| make_cgroup(&task.spec, sandbox_id, journal))
@@ -258,6 +270,11 @@ fn listen(socket: &Path) -> Result<UnixListener, StartError> {
     let listener = UnixListener::bind(socket).map_err(fail)?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(fail)?;
     Ok(listener)
+}
+
+/// A step, which is numbered for tests that make it fail.
+fn step(step: Step, fail: impl FnOnce(std::io::Error) -> StartError) -> Result<(), StartError> {
+    fault::point(step).map_err(fail)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), StartError> {

@@ -15,6 +15,7 @@ pub fn from_sandbox(error: &Error) -> ttrpc::Error {
         Kind::Unimplemented => Code::UNIMPLEMENTED,
         Kind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
         Kind::Unavailable => Code::UNAVAILABLE,
+        Kind::Cancelled => Code::CANCELLED,
         Kind::Internal => Code::INTERNAL,
     };
     status(code, chain(error))

@@ -29,6 +29,10 @@ pub struct Config {
     pub time_scale: u32,
     /// Divisor of how many pods or processes the tests of many at once start: 1, unless another run has shown it.
     pub crowd_divisor: u32,
+    /// How many cycles a test of many makes.
+    pub cycles: u32,
+    /// Of the faults that can be had, one in so many is.
+    pub fault_divisor: u32,
     /// Directory that receives containerd's log when the process ends.
     pub log_dir: Option<PathBuf>,
     /// What containerd and the shims log: `debug`, unless time is measured.
@@ -47,14 +51,15 @@ impl Config {
             return Err(format!("BULKHEAD_TEST_IMAGE={} is not a file", image.display()));
         }
         let directory = env::var_os("BULKHEAD_TEST_CONTAINERD_DIR").map(PathBuf::from);
-        let factor = |name: &str| match env::var(name) {
+        let number = |name: &str, default: u32| match env::var(name) {
             Ok(text) => text
                 .parse::<NonZeroU32>()
+                .map(NonZeroU32::get)
                 .map_err(|_| format!("{name}={text} is not a number above 0")),
-            Err(_) => Ok(NonZeroU32::MIN),
+            Err(_) => Ok(default),
         };
-        let time_scale = factor("BULKHEAD_TEST_TIME_SCALE")?.get();
-        let crowd_divisor = factor("BULKHEAD_TEST_CROWD_DIVISOR")?.get();
+        let time_scale = number("BULKHEAD_TEST_TIME_SCALE", 1)?;
+        let crowd_divisor = number("BULKHEAD_TEST_CROWD_DIVISOR", 1)?;
         let config = Config {
             containerd: find("containerd", directory.as_deref())?,
             ctr: find("ctr", directory.as_deref())?,
@@ -64,6 +69,8 @@ impl Config {
             cni: env::var_os("BULKHEAD_TEST_CNI_DIR").map_or_else(|| "/usr/lib/cni".into(), PathBuf::from),
             time_scale,
             crowd_divisor,
+            cycles: number("BULKHEAD_TEST_CYCLES", 10)?,
+            fault_divisor: number("BULKHEAD_TEST_FAULT_DIVISOR", 1)?,
             log_dir: env::var_os("BULKHEAD_TEST_LOG_DIR").map(PathBuf::from),
             log_level: env::var("BULKHEAD_TEST_LOG_LEVEL").unwrap_or_else(|_| "debug".into()),
         };

@@ -116,20 +116,36 @@ impl Containerd {
         Client::new(self.directory.join("containerd.sock"))
     }
 
-    /// Ends containerd and starts it again; containers go on.
+    /// Ends containerd by a signal and starts it again; containers go on.
     ///
     /// # Panics
     /// If it does not end or does not come up.
-    pub fn restart(&self) {
+    pub fn restart(&self, how: Signal) {
+        self.end(how);
+        self.start_again();
+    }
+
+    /// Starts containerd after [`Self::end`].
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub fn start_again(&self) {
+        spawn(&self.directory);
+        self.wait_ready();
+    }
+
+    /// Ends containerd; containers go on.
+    ///
+    /// # Panics
+    /// If it does not end.
+    pub fn end(&self, how: Signal) {
         let pid = self.pid();
-        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("containerd runs");
+        kill(Pid::from_raw(pid), how).expect("containerd runs");
         let deadline = Instant::now() + config().seconds(20);
         while host::is_alive(pid) {
             assert!(Instant::now() < deadline, "containerd does not end");
             thread::sleep(Duration::from_millis(20));
         }
-        spawn(&self.directory);
-        self.wait_ready();
     }
 
     fn wait_ready(&self) {

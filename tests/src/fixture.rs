@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::config::config;
@@ -94,7 +95,15 @@ impl Fixture {
     /// Ends containerd and starts it again; containers go on.
     pub fn restart_containerd(&self) {
         self.restarted.store(true, Ordering::Relaxed);
-        self.containerd.restart();
+        self.containerd.restart(Signal::SIGTERM);
+    }
+
+    /// Kills containerd, does something, and starts it again; containers go on.
+    pub fn without_containerd(&self, meanwhile: impl FnOnce()) {
+        self.restarted.store(true, Ordering::Relaxed);
+        self.containerd.end(Signal::SIGKILL);
+        meanwhile();
+        self.containerd.start_again();
     }
 
     /// Runs `ctr` to its end.

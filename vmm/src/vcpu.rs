@@ -256,6 +256,10 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit,
             Ok(VcpuExit::InternalError) => Some(internal_error(vcpu)),
             Ok(other) => Some(ExitReason::KvmError(format!("unexpected exit {other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) if error.errno() == libc::EFAULT => Some(ExitReason::KvmError(
+                "a page behind the guest's memory is gone: the root image was truncated, or cannot be read"
+                    .into(),
+            )),
             Err(error) => Some(ExitReason::KvmError(format!("KVM_RUN: {error}"))),
         };
         if let Some(reason) = reason {

@@ -10,7 +10,7 @@ mod qemu;
 mod run;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::image;
 use crate::kernel;
 use crate::progress::Progress;
 use crate::rootfs;
+use crate::workspace;
 
 /// Steps of [`Host::build`].
 pub const HOST_STEPS: usize = 2;
@@ -137,6 +138,36 @@ impl Artifacts {
             cli: programs.get("bulkhead")?.to_owned(),
             kernel: kernel::build(progress)?,
             image: rootfs::image(progress, programs.get("bulkhead-agent")?)?,
+        })
+    }
+
+    /// The same with a shim that can be made to fail at every step, in a directory of its own.
+    ///
+    /// # Errors
+    /// The build fails.
+    pub fn with_faults(&self, progress: &Progress) -> Result<Self> {
+        let build = [
+            "build",
+            "--profile=faults",
+            "--package=containerd-shim-kata-v2",
+            "--features=containerd-shim-kata-v2/fault-injection",
+        ];
+        let programs = cargo::build(progress, "shim with faults", &build)?;
+        let directory = workspace::path("target/with-faults");
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        // The shim looks for the VMM beside itself.
+        let copy = |from: &Path| -> Result<PathBuf> {
+            let to = directory.join(from.file_name().context("a program has a name")?);
+            std::fs::copy(from, &to).with_context(|| format!("cannot write {}", to.display()))?;
+            Ok(to)
+        };
+        Ok(Self {
+            shim: copy(programs.get("containerd-shim-kata-v2")?)?,
+            vmm: copy(&self.vmm)?,
+            cli: self.cli.clone(),
+            kernel: self.kernel.clone(),
+            image: self.image.clone(),
         })
     }
 

@@ -41,6 +41,15 @@ pub struct Arguments {
     /// Start as many pods and processes at once in the emulated host as on hardware; takes half an hour more
     #[arg(long)]
     crowds: bool,
+    /// Every kind of fault at every step; takes a quarter of an hour more
+    #[arg(long)]
+    all_faults: bool,
+    /// How many cycles the suite `soak` makes
+    #[arg(long, default_value_t = 10)]
+    cycles: u32,
+    /// Memory of the emulated host in MiB, for as many pods at once as it holds
+    #[arg(long)]
+    memory: Option<u32>,
     /// Seconds that the integration tests with one containerd may take in the emulated host
     #[arg(long, default_value_t = integration::LIMIT.as_secs())]
     timeout: u64,

@@ -67,7 +67,7 @@ fn a_line_cut_short_by_a_crash_is_ignored() {
         path: "/nonexistent/x".into(),
     };
     journal.record(&entry).unwrap();
-    (&journal.file).write_all(br#"{"acquired":"soc"#).unwrap();
+    (&*journal.file).write_all(br#"{"acquired":"soc"#).unwrap();
     assert_eq!(read(&dir).unwrap(), [entry]);
     replay(&dir).unwrap();
     assert!(!dir.exists());
@@ -130,4 +130,45 @@ proptest! {
         fs::remove_dir_all(&dir).unwrap();
         prop_assert_eq!(back, list);
     }
+}
+
+#[test]
+fn a_sweep_undoes_the_dead_and_leaves_the_living() {
+    let parent = directory("sweep");
+    let (dead, alive) = (parent.join("dead"), parent.join("alive"));
+    let socket = parent.with_extension("sock");
+    let journal = Journal::create(&dead).unwrap();
+    journal.record(&Entry::Socket { path: socket.clone() }).unwrap();
+    let _listener = UnixListener::bind(&socket).unwrap();
+    drop(journal);
+    let journal = Journal::create(&alive).unwrap();
+
+    // While another one makes a journal nothing is swept.
+    let making = lock(&parent, FlockArg::LockShared).unwrap();
+    sweep(&parent);
+    assert!(dead.exists());
+    drop(making);
+    sweep(&parent);
+    assert!(!dead.exists() && !socket.exists());
+    assert!(alive.exists());
+    journal.finish().unwrap();
+    sweep(&parent);
+    fs::remove_dir(&parent).unwrap();
+    sweep(&parent);
+}
+
+#[test]
+fn a_journal_is_taken_over_from_the_dead_only() {
+    let dir = directory("take-over");
+    take_over(&dir).unwrap();
+    let journal = Journal::create(&dir).unwrap();
+    let waiting = std::thread::spawn({
+        let dir = dir.clone();
+        move || take_over(&dir)
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(dir.exists() && !waiting.is_finished());
+    drop(journal);
+    waiting.join().unwrap().unwrap();
+    assert!(!dir.exists());
 }

@@ -9,6 +9,7 @@ use super::interfaces::{self, Found, Interface};
 use super::netlink::Netlink;
 use super::watch::Watch;
 use super::{GuestNet, NetworkError, Record, inode_of, tap};
+use crate::fault::{self, Step};
 use crate::journal::Entry;
 use crate::spec::NetworkNamespace;
 
@@ -193,5 +194,6 @@ fn join(
         })
         .map_err(|error| NetworkError::Journal(Box::new(error)))?;
     }
+    fault::point(Step::InterfaceJoined).map_err(|error| NetworkError::Step(Step::InterfaceJoined, error))?;
     tap::create(netlink, interface, slot)
 }

@@ -17,13 +17,20 @@ const SHARE_TAG: &str = "bulkhead";
 
 impl Sandbox {
     pub(super) async fn run_boot(self) {
-        let result = self.boot().await;
+        let mut stopping = self.0.stopping.subscribe();
+        let result = tokio::select! {
+            biased;
+            result = self.boot() => result,
+            () = super::create::is_set(&mut stopping) => Err(Error::Cancelled {
+                id: self.0.id.clone(),
+                phase: self.lock().boot_step.words(),
+            }),
+        };
         let state = match result {
             Ok(guest) => Boot::Ready(guest),
             Err(error) => {
                 log::error!("sandbox {} did not start: {}", self.0.id, chain(&error));
-                // The end that follows is no news.
-                self.0.stopping.store(true, Ordering::Relaxed);
+                self.begin_stop();
                 if let Some(vm) = self.vm_now() {
                     vm.kill();
                 }
@@ -41,6 +48,7 @@ impl Sandbox {
     async fn boot(&self) -> Result<Guest, Error> {
         let limit = Duration::from_secs(self.0.config.boot_timeout_s.into());
         let (events, vsock_events) = mpsc::unbounded_channel();
+        self.boot_step(Step::VmmStarted).await?;
         // The VMM process starts first: everything below happens while it initialises.
         let vm = Vm::start(
             &self.0.config.vmm_path(),
@@ -49,8 +57,11 @@ impl Sandbox {
             events,
         )?;
         self.0.timeline.mark("vmm_spawned");
+        fault::vmm(vm.process().pid);
+        self.boot_step(Step::VmmRecorded).await?;
         self.adopt(&vm, vsock_events)?;
 
+        self.boot_step(Step::VmmConfigured).await?;
         let (agent_stream, config, descriptors) = self.vm_config(&vm)?;
         let agent = Agent::new(
             agent_stream,
@@ -66,11 +77,12 @@ impl Sandbox {
                 times => times?,
             },
             () = tokio::time::sleep(limit) => {
-                return Err(Error::Timeout { phase: "VMM set-up", limit, console: String::new() });
+                return Err(self.timeout(Step::VmmConfigured.words(), limit).await);
             }
         };
         self.mark_boot(&times);
 
+        self.boot_step(Step::GuestBooted).await?;
         // Both wait in the stream for the agent: it takes them one after the other without a round trip.
         let setup = self.setup_request();
         let (hello, ()) = tokio::try_join!(agent.hello(limit), agent.setup_sandbox(&setup, limit))?;
@@ -82,10 +94,12 @@ impl Sandbox {
             .mark_at("agent_ready", times.running.saturating_add(hello.ready_uptime_us));
         self.0.timeline.mark("agent_answered");
 
+        self.boot_step(Step::GuestNetwork).await?;
         let network = self.network().request.take();
         if let Some(request) = network {
             agent.configure_network(&request).await?;
         }
+        self.boot_step(Step::GuestEvents).await?;
         let events = agent.events().await?;
         self.0.timeline.mark("sandbox_ready");
         let listener = self.clone();
@@ -94,6 +108,11 @@ impl Sandbox {
         self.follow_network(&guest);
         tokio::spawn(self.clone().follow_memory(guest.vm.watch_memory()));
         Ok(guest)
+    }
+
+    async fn boot_step(&self, step: Step) -> Result<(), Error> {
+        self.lock().boot_step = step;
+        fault::reach(step).await.map_err(|error| Error::Step(step, error))
     }
 
     /// Writes the VMM down and watches it.
@@ -236,7 +255,7 @@ impl Sandbox {
         }
         if let Some(vm) = self.vm_now()
             && vm.end().is_none()
-            && !self.0.stopping.load(Ordering::Relaxed)
+            && !self.is_stopping()
         {
             // The end of the VM breaks the connection first; give it the time to be seen.
             if tokio::time::timeout(Duration::from_secs(1), vm.ended())

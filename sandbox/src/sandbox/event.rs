@@ -38,6 +38,13 @@ pub enum SandboxEvent {
         /// Container id.
         container: String,
     },
+    /// The virtual machine has ended under a container that runs. Its exits follow.
+    Lost {
+        /// Container id.
+        container: String,
+        /// How the machine ended, with the end of the guest's console.
+        reason: String,
+    },
     /// A container is frozen.
     Paused {
         /// Container id.

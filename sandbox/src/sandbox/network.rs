@@ -80,7 +80,7 @@ impl Sandbox {
                     }
                 },
             };
-            if self.0.stopping.load(Ordering::Relaxed) {
+            if self.is_stopping() {
                 return;
             }
             if waiting.is_none() || news.has_changed() {

@@ -21,7 +21,7 @@ impl Sandbox {
     /// Whether containers can be created now.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.agent_now().is_ok() && !self.0.stopping.load(Ordering::Relaxed)
+        self.agent_now().is_ok() && !self.is_stopping()
     }
 
     /// Asks the guest's agent for a sign of life.
@@ -109,6 +109,11 @@ impl Sandbox {
     /// # Errors
     /// [`Error::Finished`], [`Error::State`], or the agent's reason.
     pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let kill = signal == libc::SIGKILL.unsigned_abs();
+        if kill && exec.is_empty() && self.with(id, |record| Ok(record.machine.is_creating()))? {
+            self.cancel(id).await;
+            return Ok(());
+        }
         let is_sandbox = self.with(id, |record| {
             record.machine.check_signal(exec)?;
             Ok(record.is_sandbox)
@@ -124,13 +129,47 @@ impl Sandbox {
             all,
             ..SignalProcessRequest::default()
         };
-        match self.agent_now()?.signal_process(&request).await {
+        let agent = self.agent_now()?;
+        if kill {
+            return self.kill(agent, request).await;
+        }
+        match agent.signal_process(&request).await {
             Err(Error::Agent {
                 kind: Kind::NotFound, ..
             }) => Err(Error::Finished),
-            // The machine's end kills better than any signal.
-            Err(Error::Ended(_)) if signal == libc::SIGKILL.unsigned_abs() => Ok(()),
             result => result.map(drop),
+        }
+    }
+
+    /// Sends SIGKILL. A guest that does not answer cannot keep it from happening: its VM is ended then. The answer does
+    /// not wait for that.
+    async fn kill(&self, agent: Agent, request: SignalProcessRequest) -> Result<(), Error> {
+        let sandbox = self.clone();
+        let killing = tokio::spawn(async move {
+            let result = agent.signal_process(&request).await;
+            if let Err(Error::Timeout { .. } | Error::AgentLost { .. }) = &result {
+                log::error!(
+                    "sandbox {}: the guest does not answer a SIGKILL: killing the VM",
+                    sandbox.0.id
+                );
+                if let Some(vm) = sandbox.vm_now() {
+                    vm.kill();
+                }
+            }
+            result
+        });
+        match tokio::time::timeout(KILL_ANSWER, killing)
+            .await
+            .map(|joined| joined.map_err(Error::Task))
+        {
+            Err(_) => Ok(()),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(Err(Error::Agent {
+                kind: Kind::NotFound, ..
+            }))) => Err(Error::Finished),
+            // The machine's end kills better than any signal.
+            Ok(Ok(Err(Error::Ended(_) | Error::Timeout { .. } | Error::AgentLost { .. }))) => Ok(()),
+            Ok(Ok(result)) => result.map(drop),
         }
     }
 
@@ -261,7 +300,10 @@ impl Sandbox {
     /// # Errors
     /// [`Error::NoContainer`], or the agent's reason.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, Error> {
-        if self.with(id, |record| Ok(record.is_sandbox))? {
+        let (is_sandbox, is_creating) =
+            self.with(id, |record| Ok((record.is_sandbox, record.machine.is_creating())))?;
+        // The guest has no counters of a container that it is making, and may not answer.
+        if is_sandbox || is_creating {
             return Ok(self.pod_stats());
         }
         let request = ContainerStatsRequest {

@@ -143,7 +143,7 @@ impl Sandbox {
             Boot::Ready(guest) if guest.vm.end().is_none() => guest.clone(),
             _ => return,
         };
-        if self.0.stopping.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return;
         }
         // With the last container most VMs end: nothing is asked of them. A pod goes on, without its containers' limits.
@@ -179,7 +179,9 @@ impl Sandbox {
             sizing.update(id, &resources);
             before
         };
+        let step = async |step| fault::reach(step).await.map_err(|error| Error::Step(step, error));
         let result = async {
+            step(Step::UpdateGrown).await?;
             self.adjust(&guest, Resize::Grow).await?;
             translate(&mut resources, &self.lock().sizing, id);
             let request = UpdateContainerRequest {
@@ -187,13 +189,17 @@ impl Sandbox {
                 resources_json: serde_json::to_vec(&resources).map_err(crate::spec::SpecError::Encode)?,
                 ..Default::default()
             };
+            step(Step::GuestUpdated).await?;
             guest.agent.update_container(&request).await
         }
         .await;
         if result.is_err() {
             self.lock().sizing.restore(id, &before);
         }
-        let fitted = self.adjust(&guest, Resize::Fit).await;
+        let fitted = match step(Step::UpdateFitted).await {
+            Ok(()) => self.adjust(&guest, Resize::Fit).await,
+            Err(error) => Err(error),
+        };
         result?;
         fitted
     }

@@ -166,12 +166,17 @@ impl Actor {
                 reason: exit.reason.to_string(),
                 orderly: exit.reason == bulkhead_protocol::control::ExitReason::PowerOff,
                 console: console::tail(&exit.console),
+                out_of_memory: false,
             };
         }
         let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > self.oom_kills_before;
         let mut reason = match ending {
             Some(Ending::Killed(libc::SIGKILL)) if oom => {
                 "VMM killed by the host: the pod's cgroup is out of memory".to_owned()
+            }
+            // A file that was mapped has become shorter: the root image, or the kernel's while it was loaded.
+            Some(Ending::Killed(libc::SIGBUS)) => {
+                "VMM killed by signal 7 (SIGBUS): the root image was truncated, or cannot be read".to_owned()
             }
             Some(Ending::Killed(signal)) => format!("VMM killed by signal {signal}"),
             Some(Ending::Exited(status)) => format!("VMM exited with status {status}"),
@@ -186,6 +191,7 @@ impl Actor {
             reason,
             orderly: false,
             console: String::new(),
+            out_of_memory: oom,
         }
     }
 }

@@ -25,7 +25,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    fn of(test: &Fixture, id: &str) -> Self {
+    pub fn of(test: &Fixture, id: &str) -> Self {
         let address = fs::read_to_string(test.containerd.bundle(id).join("address")).unwrap();
         Self::at(&address, id)
     }
@@ -63,7 +63,7 @@ impl Shim {
         ))
     }
 
-    fn update(&self, id: &str, resources: Value) -> Answer<()> {
+    pub fn update(&self, id: &str, resources: Value) -> Answer<()> {
         let request = api::UpdateTaskRequest {
             id: id.into(),
             resources: MessageField::some(Any {

@@ -4,7 +4,6 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::fixture::wait_until;
-use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::{Session, config, host};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -73,23 +72,6 @@ fn the_vmm_is_killed_and_containerd_hears_the_exit_within_a_second() {
     test.delete(&id, 137);
     test.remove(&id);
     drop(events);
-}
-
-#[test]
-fn a_guest_that_panics_ends_its_container() {
-    let test = fixture("guest-panic");
-    assert!(
-        config().is_vm(),
-        "with this runtime the machine itself would panic"
-    );
-    // The guest's kernel has no way to panic on request; it may be told to when memory runs out.
-    let script = "echo 2 > /proc/sys/vm/panic_on_oom && exec /probe allocate 100000";
-    let run = test.run("a", PROBE_IMAGE, &["sh", "-c", script]);
-    let privileged = run.with(&["--privileged", "--privileged-without-host-devices"]);
-    let done = privileged.finish().expect_code(137);
-    assert!(String::from_utf8_lossy(&done.stdout).contains("16 MiB"), "{done}");
-    let logs = test.logs();
-    assert!(logs.contains("panic"), "nobody says why: {logs}");
 }
 
 #[test]

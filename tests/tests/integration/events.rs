@@ -17,7 +17,12 @@ pub fn parse(line: &str) -> Option<(&str, Value)> {
 
 /// Starts to follow the events, and waits until it does.
 pub fn follow(test: &Fixture) -> Session {
-    let session = Session::start(test.containerd.ctr(&["events"]), config().seconds(120));
+    follow_for(test, 120)
+}
+
+/// The same with a longer limit, in seconds on hardware.
+pub fn follow_for(test: &Fixture, seconds: u32) -> Session {
+    let session = Session::start(test.containerd.ctr(&["events"]), config().seconds(seconds));
     let label = test.id("subscribed");
     // The subscription is known to stand when an event that comes after it is seen.
     let seen = wait_until(config().seconds(10), || {

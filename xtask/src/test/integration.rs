@@ -37,6 +37,9 @@ const CONFIGURATION: &str = r#"{"boot_timeout_s": 240, "request_timeout_s": 240}
 /// takes minutes for the whole number.
 const CROWD_DIVISOR: &str = "5";
 
+/// Each step that can fail has one fault of several in the emulated host, so that all of them take minutes.
+const FAULT_DIVISOR: &str = "3";
+
 /// Failed tests are repeated once in the emulated host, unless there are more than this.
 const MOST_REPEATED: usize = 4;
 
@@ -54,12 +57,16 @@ pub enum Suite {
     CriShim,
     /// The agent without a virtual machine
     Agent,
+    /// A fault at every step, with a shim built for that
+    Faults,
+    /// Cycles, and many pods at once, for figures (only when it is named)
+    Soak,
 }
 
 impl Suite {
     fn program(self) -> &'static str {
         match self {
-            Self::Tasks => "integration",
+            Self::Tasks | Self::Faults | Self::Soak => "integration",
             Self::Cri | Self::CriShim => "cri",
             Self::Agent => "guest",
         }
@@ -69,14 +76,24 @@ impl Suite {
     fn handler(self) -> &'static str {
         match self {
             Self::CriShim => "kata-shim",
-            Self::Tasks | Self::Cri | Self::Agent => "kata",
+            Self::Tasks | Self::Cri | Self::Agent | Self::Faults | Self::Soak => "kata",
         }
     }
 
     fn runs_with(self, containerd: Containerd) -> bool {
         match self {
             Self::Tasks | Self::Cri => true,
-            Self::CriShim | Self::Agent => containerd == Containerd::V2_1,
+            Self::CriShim | Self::Agent | Self::Faults | Self::Soak => containerd == Containerd::V2_1,
+        }
+    }
+
+    /// What its program's tests are chosen by, beside the filter of the command line: a program may be of several suites.
+    fn selection(self) -> &'static [&'static str] {
+        match self {
+            Self::Tasks => &["--skip", "faults::", "--skip", "soak::"],
+            Self::Faults => &["faults::"],
+            Self::Soak => &["soak::"],
+            Self::Cri | Self::CriShim | Self::Agent => &[],
         }
     }
 }
@@ -104,7 +121,7 @@ impl Job {
         let wanted = |suite: &Suite| {
             if arguments.suite.is_empty() {
                 // A filter is one of containers' and pods' tests.
-                *suite != Suite::Agent || arguments.filter.is_empty()
+                *suite != Suite::Soak && (*suite != Suite::Agent || arguments.filter.is_empty())
             } else {
                 arguments.suite.contains(suite)
             }
@@ -119,6 +136,8 @@ impl Job {
                     Suite::Cri => format!("{}-cri", containerd.version()),
                     Suite::CriShim => format!("{}-cri-shim", containerd.version()),
                     Suite::Agent => "agent".to_owned(),
+                    Suite::Faults => format!("{}-faults", containerd.version()),
+                    Suite::Soak => format!("{}-soak", containerd.version()),
                 },
                 suite,
                 containerd,
@@ -150,6 +169,12 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
     } else {
         Artifacts::build(progress)?
     };
+    let faulty = if jobs.iter().any(|job| job.suite == Suite::Faults) {
+        progress.extend(1);
+        Some(artifacts.with_faults(progress)?)
+    } else {
+        None
+    };
     let mut build = vec!["test", "--release", "--package=bulkhead-tests", "--no-run"];
     for (program, option) in [("integration", "--test=integration"), ("cri", "--test=cri")] {
         if jobs.iter().any(|job| job.suite.program() == program) {
@@ -165,7 +190,13 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
     }
     let shown = Mutex::default();
     let mut counts = match kvm::choose(&artifacts.cli)? {
-        Place::Here => here(progress, &programs, &artifacts, &jobs, arguments, &shown)?,
+        Place::Here => {
+            let installed = |suite| match &faulty {
+                Some(faulty) if suite == Suite::Faults => faulty,
+                _ => &artifacts,
+            };
+            here(progress, &programs, &installed, &jobs, arguments, &shown)?
+        }
         Place::Emulated => {
             progress.extend(HOST_STEPS);
             let host = Host::build(progress)?;
@@ -173,6 +204,7 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
                 &Emulation {
                     programs: &programs,
                     artifacts: &artifacts,
+                    faulty: faulty.as_ref(),
                     host: &host,
                     arguments,
                     shown: &shown,
@@ -195,6 +227,8 @@ fn lock(shown: &Mutex<Shown>) -> MutexGuard<'_, Shown> {
 struct Emulation<'a> {
     programs: &'a Programs,
     artifacts: &'a Artifacts,
+    /// With a shim that has faults.
+    faulty: Option<&'a Artifacts>,
     host: &'a Host,
     arguments: &'a Arguments,
     shown: &'a Mutex<Shown>,
@@ -251,12 +285,12 @@ impl Emulation<'_> {
             if job.suite != Suite::Agent {
                 command.push("--test-threads=1".into());
             }
-            command.extend(filter.iter().map(Into::into));
+            command.extend(arguments_of(job.suite, filter).map(Into::into));
             let mut run = Run::new(command);
             run.label = Some(job.name.clone());
             run.containerd = job.containerd;
             run.timeout = Duration::from_secs(self.arguments.timeout);
-            run.memory_mib = MEMORY_MIB;
+            run.memory_mib = self.arguments.memory.unwrap_or(MEMORY_MIB);
             run.transcript = Some(logs.join("output"));
             run.console = Some(logs.join("console"));
             run.out = Some(logs.clone());
@@ -277,10 +311,23 @@ impl Emulation<'_> {
                     if self.arguments.crowds { "1" } else { CROWD_DIVISOR },
                 ),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
+                ("BULKHEAD_TEST_CYCLES", &self.arguments.cycles.to_string()),
+                (
+                    "BULKHEAD_TEST_FAULT_DIVISOR",
+                    if self.arguments.all_faults {
+                        "1"
+                    } else {
+                        FAULT_DIVISOR
+                    },
+                ),
             ] {
                 run.environment.push((name.to_owned(), value.to_owned()));
             }
-            let outcome = run.start(self.host, Some(self.artifacts))?;
+            let artifacts = match self.faulty {
+                Some(faulty) if job.suite == Suite::Faults => faulty,
+                _ => self.artifacts,
+            };
+            let outcome = run.start(self.host, Some(artifacts))?;
             let text = fs::read(logs.join("output")).context("cannot read the tests' output")?;
             Ok((String::from_utf8_lossy(&text).into_owned(), outcome))
         };
@@ -309,10 +356,10 @@ impl Emulation<'_> {
 }
 
 /// One suite after the other, on this machine.
-fn here(
+fn here<'a>(
     progress: &Progress,
     programs: &Programs,
-    artifacts: &Artifacts,
+    installed: &dyn Fn(Suite) -> &'a Artifacts,
     jobs: &[Job],
     arguments: &Arguments,
     shown: &Mutex<Shown>,
@@ -326,11 +373,11 @@ fn here(
         eprintln!("{} | tests on this machine; logs: {}", job.name, logs.display());
         let program = programs.get(job.suite.program())?;
         let mut command = if job.suite != Suite::Agent {
-            let mut command = here::command(&base, artifacts, job.containerd)?;
+            let mut command = here::command(&base, installed(job.suite), job.containerd)?;
             command
                 .arg(program)
                 .arg("--test-threads=1")
-                .args(&arguments.filter);
+                .args(arguments_of(job.suite, &arguments.filter));
             command
         } else {
             Command::new(program)
@@ -340,6 +387,7 @@ fn here(
             .env("BULKHEAD_TEST_HANDLER", job.suite.handler())
             .env("BULKHEAD_TEST_CNI_DIR", base.cni())
             .env("BULKHEAD_TEST_LOG_DIR", &logs)
+            .env("BULKHEAD_TEST_CYCLES", arguments.cycles.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -361,6 +409,19 @@ fn here(
         counts += report(&text, Outcome::Exited(code));
     }
     Ok(counts)
+}
+
+/// Arguments of a suite's program. With a filter of one's own the suite's choice is left out where it would only add to
+/// what is chosen.
+fn arguments_of(suite: Suite, filter: &[String]) -> impl Iterator<Item = String> {
+    let selection = suite.selection();
+    let adds = selection.first().is_some_and(|first| !first.starts_with('-'));
+    let selection = if adds && !filter.is_empty() {
+        &[]
+    } else {
+        selection
+    };
+    selection.iter().map(ToString::to_string).chain(filter.to_owned())
 }
 
 /// Names of the tests that failed.
@@ -418,6 +479,24 @@ mod tests {
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 9.00s\n";
         assert_eq!(report(text, Outcome::Exited(0)), counts(3, 0, 0));
         assert_eq!(report(text, Outcome::Exited(1)), counts(3, 1, 0));
+    }
+
+    #[test]
+    fn a_suite_chooses_its_tests_and_a_filter_of_them() {
+        let of = |suite, filter: &[&str]| -> Vec<String> {
+            let filter: Vec<String> = filter.iter().map(ToString::to_string).collect();
+            arguments_of(suite, &filter).collect()
+        };
+        assert_eq!(of(Suite::Faults, &[]), ["faults::"]);
+        assert_eq!(
+            of(Suite::Faults, &["--exact", "faults::a"]),
+            ["--exact", "faults::a"]
+        );
+        assert_eq!(
+            of(Suite::Tasks, &["crash::"]),
+            ["--skip", "faults::", "--skip", "soak::", "crash::"]
+        );
+        assert!(of(Suite::Cri, &[]).is_empty());
     }
 
     #[test]
