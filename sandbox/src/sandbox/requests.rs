@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::{
 
 use super::*;
 use crate::error::Kind;
+use crate::limits;
 use crate::network::Counters;
 
 impl Sandbox {
@@ -124,13 +125,36 @@ impl Sandbox {
             all,
             ..SignalProcessRequest::default()
         };
-        match self.agent_now()?.signal_process(&request).await {
+        let deadly = signal == libc::SIGKILL.unsigned_abs();
+        let agent = self.agent_now()?.within(limits::SIGNAL_TIME);
+        match agent.signal_process(&request).await {
             Err(Error::Agent {
                 kind: Kind::NotFound, ..
             }) => Err(Error::Finished),
             // The machine's end kills better than any signal.
-            Err(Error::Ended(_)) if signal == libc::SIGKILL.unsigned_abs() => Ok(()),
+            Err(Error::Ended(_)) if deadly => Ok(()),
+            Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. } | Error::AgentBroke { .. }))
+                if deadly =>
+            {
+                self.kill_with_vm(id, &error).await
+            }
             result => result.map(drop),
+        }
+    }
+
+    /// The guest does not kill a container: it loses its VM, and with it every container.
+    async fn kill_with_vm(&self, id: &str, error: &Error) -> Result<(), Error> {
+        let Some(vm) = self.vm_now() else { return Ok(()) };
+        let reason = format!("killed: the guest did not kill container {id} ({error})");
+        log::error!("sandbox {}: {reason}", self.0.id);
+        vm.kill_because(reason);
+        match tokio::time::timeout(SHUTDOWN_LIMIT, self.ended()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Timeout {
+                phase: "end of the virtual machine",
+                limit: SHUTDOWN_LIMIT,
+                console: String::new(),
+            }),
         }
     }
 
@@ -268,7 +292,9 @@ impl Sandbox {
             container_id: id.into(),
             ..Default::default()
         };
-        self.agent_now()?.container_stats(&request).await
+        let mut stats = self.agent_now()?.for_query().container_stats(&request).await?;
+        limits::trim_counters(&mut stats);
+        Ok(stats)
     }
 
     /// A container's processes; none for the sandbox container.
@@ -283,7 +309,11 @@ impl Sandbox {
             container_id: id.into(),
             ..Default::default()
         };
-        let list = self.agent_now()?.list_processes(&request).await?;
+        let mut list = self.agent_now()?.for_query().list_processes(&request).await?;
+        self.with(id, |record| {
+            limits::trim_processes(&mut list, |exec| record.execs.contains_key(exec));
+            Ok(())
+        })?;
         Ok(list
             .processes
             .into_iter()
