@@ -83,13 +83,15 @@ impl Events {
 }
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty $(, within $limit:path)?;)*) => {$(
         $(#[$doc])*
         ///
         /// # Errors
         /// The agent's refusal, [`Error::Timeout`], or the end of the VM.
         pub async fn $name(&self, request: &$request) -> Result<$response, Error> {
-            self.call($phase, self.limit, self.client.$name(Context::default(), request)).await
+            let limit = self.limit;
+            $(let limit = limit.min($limit);)?
+            self.call($phase, limit, self.client.$name(Context::default(), request)).await
         }
     )*};
 }
@@ -218,7 +220,7 @@ impl Agent {
         /// Starts a process in a container.
         exec_process, "process start", ExecProcessRequest => agent::ExecProcessResponse;
         /// Signals a process.
-        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse;
+        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse, within limits::SIGNAL_TIME;
         /// Resizes a terminal.
         resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
         /// Changes limits.
@@ -260,7 +262,10 @@ impl Agent {
         };
         self.late.store(answer.is_err(), Ordering::Relaxed);
         if let Some(violation) = self.violation() {
-            return Err(Error::AgentBroke { phase, violation });
+            return Err(Error::AgentLost {
+                phase,
+                message: format!("it sent {violation}"),
+            });
         }
         match answer {
             Ok(Ok(value)) => Ok(value),

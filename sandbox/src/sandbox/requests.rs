@@ -126,16 +126,13 @@ impl Sandbox {
             ..SignalProcessRequest::default()
         };
         let deadly = signal == libc::SIGKILL.unsigned_abs();
-        let agent = self.agent_now()?.within(limits::SIGNAL_TIME);
-        match agent.signal_process(&request).await {
+        match self.agent_now()?.signal_process(&request).await {
             Err(Error::Agent {
                 kind: Kind::NotFound, ..
             }) => Err(Error::Finished),
             // The machine's end kills better than any signal.
             Err(Error::Ended(_)) if deadly => Ok(()),
-            Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. } | Error::AgentBroke { .. }))
-                if deadly =>
-            {
+            Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. })) if deadly => {
                 self.kill_with_vm(id, &error).await
             }
             result => result.map(drop),
