@@ -5,6 +5,7 @@
 
 mod devices;
 mod resources;
+mod share;
 mod stats;
 
 use std::fs::{self, File};
@@ -17,6 +18,7 @@ pub use devices::{DeviceRules, attach as attach_device_filter};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use oci_spec::runtime::LinuxResources;
 pub use resources::{Setting, settings};
+pub use share::bound;
 pub use stats::{KeyValues, Stats, key_values};
 
 use crate::fd::AsyncFile;

@@ -2,6 +2,8 @@
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{
@@ -11,7 +13,7 @@ use bulkhead_protocol::agent::{
     ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, RemoveContainerRequest,
     RemoveVolumeRequest, ResizeTerminalRequest, ResumeContainerRequest, SetProcessorsRequest,
     SetupSandboxRequest, ShutdownRequest, SignalProcessRequest, StageVolumeRequest, StartContainerRequest,
-    UpdateContainerRequest,
+    UpdateContainerRequest, event,
 };
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
@@ -19,10 +21,17 @@ use ttrpc::context::Context;
 use ttrpc::proto::Code;
 
 use crate::error::{Error, Kind};
+use crate::limits;
 use crate::vm::Vm;
 
-/// Longest agent message shown in an error, in characters.
-const MESSAGE_LIMIT: usize = 1024;
+#[cfg(test)]
+pub(crate) mod fake;
+mod guard;
+#[cfg(test)]
+mod tests;
+
+pub use guard::Violation;
+use guard::{Guarded, Watch};
 
 /// How long after a lost connection the end of the VM, its likely cause, is waited for.
 const END_WAIT: Duration = Duration::from_secs(1);
@@ -33,6 +42,9 @@ pub struct Agent {
     client: AgentClient,
     vm: Vm,
     limit: Duration,
+    watch: Arc<Watch>,
+    /// Whether it has let a question time out and answered none since.
+    late: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -44,16 +56,42 @@ impl std::fmt::Debug for Agent {
 }
 
 /// Stream of the agent's events.
-pub type Events = ClientStreamReceiver<Event>;
+pub struct Events {
+    stream: ClientStreamReceiver<Event>,
+    watch: Arc<Watch>,
+}
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Events").finish_non_exhaustive()
+    }
+}
+
+impl Events {
+    /// The next event; `None` when there will be no more, whatever the reason.
+    pub async fn next(&mut self) -> Option<event::Kind> {
+        let event = self.stream.recv().await.ok().flatten()?;
+        self.watch.took_event();
+        let known = event
+            .kind
+            .filter(|kind| matches!(kind, event::Kind::Exited(_) | event::Kind::Oom(_)));
+        if known.is_none() {
+            self.watch.broke(Violation::Event);
+        }
+        known
+    }
+}
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty $(, within $limit:path)?;)*) => {$(
         $(#[$doc])*
         ///
         /// # Errors
         /// The agent's refusal, [`Error::Timeout`], or the end of the VM.
         pub async fn $name(&self, request: &$request) -> Result<$response, Error> {
-            self.call($phase, self.limit, self.client.$name(Context::default(), request)).await
+            let limit = self.limit;
+            $(let limit = limit.min($limit);)?
+            self.call($phase, limit, self.client.$name(Context::default(), request)).await
         }
     )*};
 }
@@ -66,12 +104,43 @@ impl Agent {
     pub fn new(stream: OwnedFd, vm: Vm, limit: Duration) -> std::io::Result<Self> {
         let stream = std::os::unix::net::UnixStream::from(stream);
         stream.set_nonblocking(true)?;
-        let socket = Socket::new(tokio::net::UnixStream::from_std(stream)?);
+        let watch = Arc::new(Watch::default());
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        let stream = Guarded::new(stream, watch.clone(), limits::MESSAGE_TIME);
         Ok(Self {
-            client: AgentClient::new(Client::new(socket)),
+            client: AgentClient::new(Client::new(Socket::new(stream))),
             vm,
             limit,
+            watch,
+            late: Arc::default(),
         })
+    }
+
+    /// The same agent, whose requests have a deadline of at most `limit`.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        Self {
+            limit: limit.min(self.limit),
+            ..self.clone()
+        }
+    }
+
+    /// The same agent for a question that is asked about every pod in turn: an agent that has not answered before
+    /// is hardly waited for.
+    #[must_use]
+    pub fn for_query(&self) -> Self {
+        let late = self.late.load(Ordering::Relaxed);
+        self.within(if late {
+            limits::LATE_QUERY_TIME
+        } else {
+            limits::QUERY_TIME
+        })
+    }
+
+    /// How the agent broke the rules of its connection, if it did.
+    #[must_use]
+    pub fn violation(&self) -> Option<Violation> {
+        self.watch.violation()
     }
 
     /// Waits until the agent serves, and checks its version.
@@ -128,12 +197,13 @@ impl Agent {
     /// # Errors
     /// The stream could not be opened.
     pub async fn events(&self) -> Result<Events, Error> {
-        self.call(
-            "event subscription",
-            self.limit,
-            self.client.events(Context::default(), &EventsRequest::default()),
-        )
-        .await
+        let request = EventsRequest::default();
+        let events = self.client.events(Context::default(), &request);
+        let stream = self.call("event subscription", self.limit, events).await?;
+        Ok(Events {
+            stream,
+            watch: self.watch.clone(),
+        })
     }
 
     calls! {
@@ -150,7 +220,7 @@ impl Agent {
         /// Starts a process in a container.
         exec_process, "process start", ExecProcessRequest => agent::ExecProcessResponse;
         /// Signals a process.
-        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse;
+        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse, within limits::SIGNAL_TIME;
         /// Resizes a terminal.
         resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
         /// Changes limits.
@@ -190,26 +260,25 @@ impl Agent {
             answer = tokio::time::timeout(limit, future) => answer,
             end = self.vm.ended() => return Err(Error::Ended((*end).clone())),
         };
+        self.late.store(answer.is_err(), Ordering::Relaxed);
+        if let Some(violation) = self.violation() {
+            return Err(Error::AgentLost {
+                phase,
+                message: format!("it sent {violation}"),
+            });
+        }
         match answer {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(ttrpc::Error::RpcStatus(status))) => {
-                let message = status
-                    .message
-                    .chars()
-                    .filter(|c| !c.is_control())
-                    .take(MESSAGE_LIMIT)
-                    .collect();
-                Err(Error::Agent {
-                    phase,
-                    kind: kind(status.code()),
-                    message,
-                })
-            }
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(Error::Agent {
+                phase,
+                kind: kind(status.code()),
+                message: limits::text(&status.message, limits::TEXT),
+            }),
             Ok(Err(error)) => match tokio::time::timeout(END_WAIT, self.vm.ended()).await {
                 Ok(end) => Err(Error::Ended((*end).clone())),
                 Err(_) => Err(Error::AgentLost {
                     phase,
-                    message: error.to_string(),
+                    message: limits::text(&error.to_string(), limits::TEXT),
                 }),
             },
             Err(_) => Err(Error::Timeout {

@@ -1,5 +1,7 @@
 //! The end of a guest's console, as it appears in errors.
 
+use crate::limits;
+
 /// Most lines shown.
 const LINES: usize = 12;
 
@@ -19,9 +21,9 @@ pub fn tail(console: &str) -> String {
         if !text.is_empty() {
             text.push_str(" | ");
         }
-        text.extend(line.chars().filter(|c| !c.is_control()));
+        text.push_str(&limits::text(line, limits::CONSOLE));
     }
-    text
+    limits::end_of(&text, limits::CONSOLE).to_owned()
 }
 
 #[cfg(test)]
@@ -32,6 +34,10 @@ mod tests {
     fn keeps_the_last_lines_without_control_characters() {
         assert_eq!(tail(""), "");
         assert_eq!(tail("a\r\n\n\x1b[1mb\n"), "a | [1mb");
+        assert_eq!(tail("\u{202e}evil\0\n"), "evil");
+        let long = "x".repeat(100_000) + "end\n";
+        let shown = tail(&long.repeat(20));
+        assert_eq!(shown.chars().count(), crate::limits::CONSOLE);
         let many: String = (0..40).map(|n| format!("{n}\n")).collect();
         assert!(tail(&many).starts_with("28 | "));
         assert!(tail(&many).ends_with(" | 39"));

@@ -14,6 +14,7 @@ pub mod console;
 pub mod error;
 pub mod fault;
 pub mod journal;
+pub mod limits;
 pub mod mount;
 pub mod network;
 pub mod process;

@@ -15,6 +15,7 @@ use crate::config::Configuration;
 use crate::error::Error;
 use crate::fault::{self, Step};
 use crate::journal::Journal;
+use crate::limits::Throttle;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
@@ -28,6 +29,8 @@ use crate::vm::{Vm, VmEnd};
 mod boot;
 mod create;
 mod event;
+#[cfg(test)]
+mod hostile_tests;
 mod lifecycle;
 mod network;
 mod requests;
@@ -47,6 +50,10 @@ const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
 /// How long the guest may take to confirm a SIGKILL before the answer goes without it.
 const KILL_ANSWER: Duration = Duration::from_millis(500);
+
+/// Events of a container's memory running out that are told in a row, and the pause in which one more may come.
+const OOM_EVENTS: u32 = 8;
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -178,6 +185,7 @@ struct Record {
     making: Option<tokio::task::JoinHandle<()>>,
     /// Set when its creation is to end.
     cancelled: watch::Sender<bool>,
+    oom: Throttle,
 }
 
 impl Record {
@@ -194,6 +202,7 @@ impl Record {
             step: Step::RootMounted,
             making: None,
             cancelled: watch::Sender::new(false),
+            oom: Throttle::new(OOM_EVENTS, OOM_INTERVAL),
         }
     }
 }
@@ -412,12 +421,14 @@ impl Sandbox {
             status: status.min(255),
             at_ns: now_ns(),
         };
-        let holding = self.with(container, |record| {
+        let begins_to_hold = self.with(container, |record| {
+            let held = record.machine.is_holding();
             let told = record.machine.exited(exec, exit);
             self.tell(container, record, told);
-            Ok(record.machine.is_holding())
+            Ok(record.machine.is_holding() && !held)
         });
-        if holding.is_ok_and(|holding| holding) {
+        // Once: a guest can send the same exit as often as it likes.
+        if begins_to_hold.is_ok_and(|begins| begins) {
             let sandbox = self.clone();
             let container = container.to_owned();
             tokio::spawn(async move {
@@ -428,6 +439,17 @@ impl Sandbox {
                     Ok(())
                 });
             });
+        }
+    }
+
+    /// A process of a container was killed for lack of memory, says the agent. A guest that says so without an end
+    /// must not push the exits out of the queue to the caller.
+    fn out_of_memory(&self, container: String) {
+        let passes = self.with(&container, |record| {
+            Ok(record.oom.pass(std::time::Instant::now()))
+        });
+        if let Ok(Some(_)) = passes {
+            self.0.sink.event(SandboxEvent::OutOfMemory { container });
         }
     }
 

@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cgroup::Cgroup;
 use crate::console;
+use crate::limits;
 use crate::mount::{self, MountError};
 use crate::spawn::{self, Ending, Program};
 
@@ -67,6 +68,9 @@ pub enum VmError {
         /// The VMM's chain of causes.
         message: String,
     },
+    /// The VMM did not answer in time.
+    #[error("The VMM did not answer {0} in time")]
+    NoAnswer(&'static str),
     /// The VMM answered something else.
     #[error("The VMM gave a wrong answer to {0}")]
     WrongReply(&'static str),
@@ -140,6 +144,8 @@ pub struct Vm {
     end: watch::Receiver<Option<Arc<VmEnd>>>,
     memory: watch::Receiver<u32>,
     started: Started,
+    /// Why this process killed it, if it said.
+    verdict: Arc<OnceLock<String>>,
 }
 
 /// A stream's news from the VMM.
@@ -208,7 +214,9 @@ impl Vm {
         let (end_sender, end) = watch::channel(None);
         let (memory_sender, memory) = watch::channel(0);
         let lines = actor::read_stderr(stderr).map_err(VmError::Descriptor)?;
+        let verdict = Arc::new(OnceLock::new());
         let actor = actor::Actor {
+            verdict: verdict.clone(),
             channel: watch_fd(ours).map_err(VmError::Descriptor)?,
             pidfd: watch_fd(process.pidfd).map_err(VmError::Descriptor)?,
             commands: receiver,
@@ -232,7 +240,45 @@ impl Vm {
             end,
             memory,
             started,
+            verdict,
         })
+    }
+
+    /// A process that does nothing in the VMM's place, and answers to every request.
+    #[cfg(test)]
+    #[allow(clippy::unwrap_used)]
+    pub(crate) fn fake() -> Self {
+        let mut command = tokio::process::Command::new("sleep");
+        let mut child = command.arg("1000").kill_on_drop(true).spawn().unwrap();
+        let pid = i32::try_from(child.id().unwrap()).unwrap();
+        let verdict = Arc::new(OnceLock::<String>::new());
+        let (commands, mut receiver) = mpsc::unbounded_channel::<Command>();
+        tokio::spawn(async move {
+            while let Some(command) = receiver.recv().await {
+                let _ = command.reply.send(Ok(Reply::Done));
+            }
+        });
+        let (end_sender, end) = watch::channel(None);
+        let said = verdict.clone();
+        tokio::spawn(async move {
+            let status = child.wait().await.unwrap();
+            end_sender.send_replace(Some(Arc::new(VmEnd {
+                reason: said.get().cloned().unwrap_or_else(|| status.to_string()),
+                orderly: false,
+                console: String::new(),
+                out_of_memory: false,
+            })));
+        });
+        Self {
+            commands,
+            end,
+            memory: watch::channel(0).1,
+            started: Started {
+                pid,
+                start_time: spawn::start_time(pid).unwrap(),
+            },
+            verdict,
+        }
     }
 
     /// Process id and start time of the VMM.
@@ -305,6 +351,13 @@ impl Vm {
         }
     }
 
+    /// Kills the VMM process; its end has this reason unless it ends of itself first.
+    pub fn kill_because(&self, reason: String) {
+        // The first reason is the cause of the others.
+        let _ = self.verdict.set(reason);
+        self.kill();
+    }
+
     /// Sends a request and waits for its answer.
     ///
     /// # Errors
@@ -334,10 +387,11 @@ impl Vm {
     /// A request whose answer has no content.
     ///
     /// # Errors
-    /// As [`Vm::request`].
+    /// As [`Vm::request`], and [`VmError::NoAnswer`] after [`limits::VMM_TIME`].
     pub async fn ask(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<(), VmError> {
         let name = name(&request);
-        match self.request(request, descriptors).await? {
+        let answer = tokio::time::timeout(limits::VMM_TIME, self.request(request, descriptors)).await;
+        match answer.map_err(|_| VmError::NoAnswer(name))?? {
             Reply::Done => Ok(()),
             _ => Err(VmError::WrongReply(name)),
         }

@@ -299,7 +299,7 @@ impl TaskService for Service {
 
     /// The processes' ids in the guest: they mean nothing on the host. A container without processes (the
     /// sandbox's, or one that has ended) answers with its id on the host: containerd, when it restarts, takes a task
-    /// without processes for lost, and its exit status would be.
+    /// without processes for lost, and its exit status would be. So does one whose guest does not answer.
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
         let sandbox = self.sandbox()?;
         let state = sandbox
@@ -307,10 +307,10 @@ impl TaskService for Service {
             .map_err(|error| from_sandbox(&error))?;
         let listed = match state.status {
             Status::Stopped => Vec::new(),
-            _ => sandbox
-                .processes(&request.id)
-                .await
-                .map_err(|error| from_sandbox(&error))?,
+            _ => match sandbox.processes(&request.id).await {
+                Err(Error::Timeout { .. }) => Vec::new(),
+                listed => listed.map_err(|error| from_sandbox(&error))?,
+            },
         };
         let mut processes: Vec<api::ProcessInfo> = listed
             .into_iter()

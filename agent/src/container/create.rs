@@ -19,7 +19,7 @@ use tokio::task::AbortHandle;
 use super::executor::ProgramExecutor;
 use super::spec::{Adapted, DeviceNode, Guest, adapt, valid_id};
 use super::{Container, Containers, Status};
-use crate::cgroup::{Cgroup, CgroupError, DeviceRules, Watch, attach_device_filter};
+use crate::cgroup::{self, Cgroup, CgroupError, DeviceRules, Watch, attach_device_filter};
 use crate::error::{Error, chain};
 use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
@@ -276,6 +276,7 @@ impl Setup<'_> {
         let cgroup = &self.container.cgroup;
         cgroup
             .create()
+            .and_then(|()| cgroup::bound(cgroup))
             .and_then(|()| cgroup.apply(self.resources))
             .map_err(|error| refusal(&error, status))?;
         if let Some(rules) = self.devices {

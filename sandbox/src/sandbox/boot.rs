@@ -237,20 +237,15 @@ impl Sandbox {
 
     /// Takes the agent's events until the connection ends. Without them exits would be lost, so the VM
     /// does not outlive them.
-    async fn run_events(self, mut events: Events) {
-        while let Ok(Some(message)) = events.recv().await {
-            match message.kind {
-                Some(event::Kind::Exited(exited)) => {
+    pub(super) async fn run_events(self, mut events: Events) {
+        while let Some(event) = events.next().await {
+            match event {
+                event::Kind::Exited(exited) => {
                     self.process_exited(&exited.container_id, &exited.exec_id, exited.exit_status);
                 }
-                Some(event::Kind::Oom(oom)) => {
-                    let container = oom.container_id;
-                    let known = self.lock().containers.contains_key(&container);
-                    if known {
-                        self.0.sink.event(SandboxEvent::OutOfMemory { container });
-                    }
-                }
-                Some(_) | None => log::warn!("the agent sent an unknown event"),
+                event::Kind::Oom(oom) => self.out_of_memory(oom.container_id),
+                // Not handed out by the stream.
+                _ => break,
             }
         }
         if let Some(vm) = self.vm_now()
@@ -262,11 +257,12 @@ impl Sandbox {
                 .await
                 .is_err()
             {
-                log::error!(
-                    "sandbox {}: the agent's event stream ended: killing the VM",
-                    self.0.id
-                );
-                vm.kill();
+                let reason = match self.agent_now().ok().and_then(|agent| agent.violation()) {
+                    Some(violation) => format!("killed: the guest agent sent {violation}"),
+                    None => "killed: the guest agent ended the connection".to_owned(),
+                };
+                log::error!("sandbox {}: {reason}", self.0.id);
+                vm.kill_because(reason);
             }
         }
     }

@@ -7,6 +7,7 @@ use bulkhead_protocol::agent::{
 
 use super::*;
 use crate::error::Kind;
+use crate::limits;
 use crate::network::Counters;
 
 impl Sandbox {
@@ -147,13 +148,14 @@ impl Sandbox {
         let sandbox = self.clone();
         let killing = tokio::spawn(async move {
             let result = agent.signal_process(&request).await;
-            if let Err(Error::Timeout { .. } | Error::AgentLost { .. }) = &result {
-                log::error!(
-                    "sandbox {}: the guest does not answer a SIGKILL: killing the VM",
-                    sandbox.0.id
+            if let Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. })) = &result {
+                let reason = format!(
+                    "killed: the guest did not kill container {} ({error})",
+                    request.container_id
                 );
+                log::error!("sandbox {}: {reason}", sandbox.0.id);
                 if let Some(vm) = sandbox.vm_now() {
-                    vm.kill();
+                    vm.kill_because(reason);
                 }
             }
             result
@@ -310,7 +312,9 @@ impl Sandbox {
             container_id: id.into(),
             ..Default::default()
         };
-        self.agent_now()?.container_stats(&request).await
+        let mut stats = self.agent_now()?.for_query().container_stats(&request).await?;
+        limits::trim_counters(&mut stats);
+        Ok(stats)
     }
 
     /// A container's processes; none for the sandbox container.
@@ -325,7 +329,11 @@ impl Sandbox {
             container_id: id.into(),
             ..Default::default()
         };
-        let list = self.agent_now()?.list_processes(&request).await?;
+        let mut list = self.agent_now()?.for_query().list_processes(&request).await?;
+        self.with(id, |record| {
+            limits::trim_processes(&mut list, |exec| record.execs.contains_key(exec));
+            Ok(())
+        })?;
         Ok(list
             .processes
             .into_iter()

@@ -17,8 +17,19 @@ pub(super) struct Applied {
     online: u8,
     /// Memory beside that of the boot in MiB.
     added_mib: u32,
+    /// Memory beside that of the boot that it has room for on the host, in MiB.
+    granted_mib: u32,
     /// Processors of containers that name some.
     pins: HashMap<String, String>,
+}
+
+impl Applied {
+    /// The room that is left to a VM that says it has `told_mib` MiB more than at its boot. Its word counts only
+    /// downwards: a VMM that was taken over does not give itself memory of the host.
+    fn room(&mut self, told_mib: u32) -> u32 {
+        self.granted_mib = self.added_mib.max(told_mib.min(self.granted_mib));
+        self.granted_mib
+    }
 }
 
 /// Whether the VM may get smaller.
@@ -50,7 +61,7 @@ impl Sandbox {
             set_processors(guest, &mut applied, wanted.vcpus).await?;
         }
         if how == Resize::Fit {
-            self.limit_cgroup(applied.added_mib.max(guest.vm.added_memory()));
+            self.limit_cgroup(applied.room(guest.vm.added_memory()));
             self.pin(guest, &mut applied).await;
         }
         Ok(())
@@ -60,7 +71,8 @@ impl Sandbox {
         let grows = mib > applied.added_mib;
         if grows {
             // Room on the host first.
-            self.limit_cgroup(mib.max(guest.vm.added_memory()));
+            applied.granted_mib = applied.granted_mib.max(mib);
+            self.limit_cgroup(applied.granted_mib);
         }
         log::debug!(
             "sandbox {}: memory {} -> {mib} MiB added",
@@ -94,9 +106,9 @@ impl Sandbox {
     pub(super) async fn follow_memory(self, mut memory: watch::Receiver<u32>) {
         while memory.changed().await.is_ok() {
             let has = *memory.borrow_and_update();
-            let applied = self.0.applied.lock().await;
+            let mut applied = self.0.applied.lock().await;
             if has >= applied.added_mib && !self.lock().containers.is_empty() {
-                self.limit_cgroup(has);
+                self.limit_cgroup(applied.room(has));
             }
         }
     }
@@ -245,6 +257,23 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    #[test]
+    fn a_vm_has_room_for_what_it_was_given_and_no_more() {
+        let mut applied = Applied {
+            added_mib: 512,
+            granted_mib: 512,
+            ..Applied::default()
+        };
+        assert_eq!(applied.room(0), 512);
+        assert_eq!(applied.room(u32::MAX), 512);
+        // It is to give some back, and does so in steps.
+        applied.added_mib = 128;
+        assert_eq!(
+            [400, 512, 130, 0, 4096].map(|told| applied.room(told)),
+            [400, 400, 130, 128, 128]
+        );
+    }
 
     #[test]
     fn what_names_the_host_is_translated() {

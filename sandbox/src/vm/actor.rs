@@ -14,6 +14,10 @@ const KEPT_LINES: usize = 8;
 /// Longest line kept, in bytes.
 const LINE_LIMIT: u64 = 512;
 
+/// Lines of it that are logged in a row, and the pause in which one more may come.
+const LOGGED_LINES: u32 = 100;
+const LOGGED_INTERVAL: Duration = Duration::from_millis(200);
+
 pub(super) type Lines = Arc<Mutex<VecDeque<String>>>;
 
 /// A request's name and who waits for its answer.
@@ -31,6 +35,7 @@ pub(super) struct Actor {
     pub oom_kills_before: u64,
     pub cgroup: Option<Cgroup>,
     pub stderr: Lines,
+    pub verdict: Arc<OnceLock<String>>,
 }
 
 impl Actor {
@@ -102,10 +107,15 @@ impl Actor {
         match message {
             VmmMessage::Reply { id, result } => {
                 let Some((request, reply)) = self.pending.remove(&id) else {
-                    log::warn!("the VMM answered request {id}, which was not made");
+                    // A VMM that sends garbage is broken or taken over.
+                    log::error!("killing the VMM: it answered request {id}, which was not made");
+                    self.kill();
                     return;
                 };
-                let result = result.map_err(|message| VmError::Refused { request, message });
+                let result = result.map_err(|message| VmError::Refused {
+                    request,
+                    message: limits::text(&message, limits::TEXT),
+                });
                 // The asker may have given up.
                 let _ = reply.send(result);
             }
@@ -163,9 +173,17 @@ impl Actor {
     fn obituary(self, ending: Option<Ending>) -> VmEnd {
         if let Some(exit) = self.exit {
             return VmEnd {
-                reason: exit.reason.to_string(),
+                reason: limits::text(&exit.reason.to_string(), limits::TEXT),
                 orderly: exit.reason == bulkhead_protocol::control::ExitReason::PowerOff,
                 console: console::tail(&exit.console),
+                out_of_memory: false,
+            };
+        }
+        if let Some(reason) = self.verdict.get() {
+            return VmEnd {
+                reason: reason.clone(),
+                orderly: false,
+                console: String::new(),
                 out_of_memory: false,
             };
         }
@@ -204,6 +222,7 @@ pub(super) fn read_stderr(pipe: PipeReader) -> std::io::Result<Lines> {
     tokio::spawn(async move {
         let mut reader = BufReader::new(pipe);
         let mut line = Vec::new();
+        let mut throttle = limits::Throttle::new(LOGGED_LINES, LOGGED_INTERVAL);
         loop {
             line.clear();
             // A longer line comes in pieces: the VMM decides nothing about this process's memory.
@@ -211,11 +230,12 @@ pub(super) fn read_stderr(pipe: PipeReader) -> std::io::Result<Lines> {
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
-            let text: String = String::from_utf8_lossy(&line)
-                .chars()
-                .filter(|c| !c.is_control())
-                .collect();
-            log::warn!("vmm: {text}");
+            let text = limits::text(String::from_utf8_lossy(&line).trim_end(), limits::TEXT);
+            match throttle.pass(std::time::Instant::now()) {
+                Some(0) => log::warn!("vmm: {text}"),
+                Some(lines) => log::warn!("vmm: ({lines} lines left out) {text}"),
+                None => {}
+            }
             let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
             if kept.len() == KEPT_LINES {
                 kept.pop_front();
