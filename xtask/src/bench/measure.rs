@@ -16,7 +16,7 @@ use crate::workspace;
 /// Values of one name, in the order in which they were measured.
 pub type Values = BTreeMap<String, Vec<u64>>;
 
-/// How often a part is tried: the machine sometimes stops making progress, see docs/performance.md.
+/// How often a part is tried: a machine may be too slow for its time limit.
 const TRIES: u32 = 2;
 
 /// Runtime handlers whose pods are measured, as the tests' containerd has them.
