@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod config;
 pub mod console;
 pub mod error;
+pub mod jail;
 pub mod journal;
 pub mod mount;
 pub mod network;

@@ -26,6 +26,7 @@ mod crash;
 mod events;
 mod files;
 mod isolation;
+mod jail;
 mod layers;
 mod logging;
 mod network;
