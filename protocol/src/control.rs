@@ -3,7 +3,7 @@
 //! The two share one `SOCK_SEQPACKET` socket pair, inherited by the VMM as descriptor
 //! [`VMM_SOCKET_FD`]. A packet is one JSON message with the descriptors it speaks of attached
 //! (`SCM_RIGHTS`); a message names a descriptor by its index in that array ([`Fd`]). The VMM opens
-//! nothing itself: every file, socket and device it uses arrives this way.
+//! nothing itself outside its root directory, the tree it serves: every file, socket and device it uses arrives this way.
 //!
 //! The sandbox sends [`Request`]s, each answered by one [`Reply`] with the same id, in any order; the
 //! VMM also sends [`Event`]s unasked. When either end closes the socket the VM ends.
@@ -18,8 +18,13 @@ use serde::{Deserialize, Serialize};
 /// Descriptor number under which `bulkhead-vmm` inherits its end of the socket pair.
 pub const VMM_SOCKET_FD: i32 = 3;
 
+/// Descriptor number under which `bulkhead-vmm` inherits the directory of its own descriptors, `/proc/<pid>/fd`, if it
+/// serves a tree: the file server opens a file again by it that it knows by a descriptor. The directory has to be in a
+/// procfs in which there is nothing else.
+pub const VMM_PROC_FD: i32 = 4;
+
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +153,8 @@ pub struct VmConfig {
     pub vsock_listeners: Vec<(u32, Fd)>,
     /// Whether the guest gets a balloon with free page reporting.
     pub balloon: bool,
+    /// Whether each thread of the VMM is confined to the system calls it needs.
+    pub seccomp: bool,
 }
 
 /// A disk: one or more raw files, one behind the other.
@@ -172,17 +179,12 @@ pub struct Net {
     pub mtu: u16,
 }
 
-/// A virtio-fs device.
+/// A virtio-fs device. It serves the root directory of the VMM's process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Share {
     /// Mount tag, 1 to 36 bytes.
     pub tag: String,
-    /// Directory descriptor of the root.
-    pub root: Fd,
-    /// Directory descriptor of the VMM process's own `/proc/<pid>/fd`, by which the file server opens a file
-    /// again that it knows by a descriptor.
-    pub proc_self_fd: Fd,
 }
 
 /// What the VMM sends.

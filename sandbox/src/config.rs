@@ -104,8 +104,20 @@ pub struct Configuration {
     pub timeline_dir: Option<PathBuf>,
     /// Kata annotations (without `io.katacontainers.config.hypervisor.`) that a sandbox may set.
     pub enable_annotations: Vec<String>,
+    /// Walls of the VMM's jail to do without, on a host that does not have them.
+    pub weaker_jail: Vec<Wall>,
     /// Whether debug messages are logged whatever the caller's log level.
     pub debug: bool,
+}
+
+/// A wall of the VMM's jail that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wall {
+    /// Without it the VMM has the file server's capabilities on the host.
+    UserNamespace,
+    /// Without it every system call is open to the VMM.
+    Seccomp,
 }
 
 impl Default for Configuration {
@@ -131,6 +143,7 @@ impl Default for Configuration {
             enable_annotations: ["default_vcpus", "default_memory", "kernel_params"]
                 .map(String::from)
                 .into(),
+            weaker_jail: Vec::new(),
             debug: false,
         }
     }

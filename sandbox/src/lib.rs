@@ -13,6 +13,7 @@ pub mod config;
 pub mod console;
 pub mod error;
 pub mod fault;
+pub mod jail;
 pub mod journal;
 pub mod limits;
 pub mod mount;

@@ -398,6 +398,16 @@ pub fn make_read_only(target: &Path) -> Result<(), MountError> {
         .map_err(|errno| mount_error("", "remount", target, errno))
 }
 
+/// Lets mounts below the one at `target` appear in its copies in other mount namespaces (mount_namespaces(7)).
+///
+/// # Errors
+/// [`MountError::Mount`].
+pub fn share(target: &Path) -> Result<(), MountError> {
+    let source = Source::open(target)?;
+    set_attributes(&source.fd, 0, MsFlags::MS_SHARED, false)
+        .map_err(|errno| mount_error("", "share", target, errno))
+}
+
 fn set_attributes(mount: &OwnedFd, set: u64, propagation: MsFlags, recursive: bool) -> Result<(), Errno> {
     let attributes = libc::mount_attr {
         attr_set: set,

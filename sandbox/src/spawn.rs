@@ -1,10 +1,12 @@
 //! Starting a process by descriptor, and telling processes apart.
 
 use std::ffi::CString;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+
+use crate::jail::{self, Jail, JailError};
 
 /// A program about to be started.
 #[derive(Debug)]
@@ -17,6 +19,28 @@ pub struct Program<'a> {
     pub environment: Vec<CString>,
     /// Descriptors the program gets, and their numbers there. Every other one is closed at exec.
     pub descriptors: Vec<(BorrowedFd<'a>, RawFd)>,
+    /// Namespaces of its own; absent: those of the caller.
+    pub jail: Option<Jail<'a>>,
+}
+
+/// Why a program could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// More than it may have.
+    #[error("Too many descriptors for a program")]
+    TooManyDescriptors,
+    /// No process.
+    #[error("Cannot create a process")]
+    Create(#[source] Errno),
+    /// No process in namespaces of its own.
+    #[error(
+        "Cannot create a process in namespaces of its own (limits: sysctls user.max_mnt_namespaces, max_pid_namespaces, \
+         max_net_namespaces, max_ipc_namespaces and max_uts_namespaces)"
+    )]
+    Namespaces(#[source] Errno),
+    /// It could not be confined, and is gone.
+    #[error("Cannot confine the process")]
+    Jail(#[source] JailError),
 }
 
 /// A started process that has not been waited for.
@@ -47,12 +71,13 @@ const MAX_DESCRIPTORS: usize = 8;
 /// from the thread that lives as long as the process.
 ///
 /// # Errors
-/// The errno of clone3(2), or `EINVAL` for too many descriptors. A failing exec shows as exit status 127
-/// of the process.
-pub fn spawn(program: &Program<'_>) -> Result<Process, Errno> {
+/// [`SpawnError`]; no process is left. A failing exec shows as exit status 127 of the process.
+pub fn spawn(program: &Program<'_>) -> Result<Process, SpawnError> {
     if program.descriptors.len() > MAX_DESCRIPTORS {
-        return Err(Errno::EINVAL);
+        return Err(SpawnError::TooManyDescriptors);
     }
+    let jail = program.jail.as_ref().map(jail::Prepared::new).transpose();
+    let jail = jail.map_err(SpawnError::Jail)?;
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings
             .iter()
@@ -68,11 +93,17 @@ pub fn spawn(program: &Program<'_>) -> Result<Process, Errno> {
         .map(|(fd, number)| (fd.as_raw_fd(), *number))
         .collect();
     let executable = program.executable.as_raw_fd();
-    let parent = nix::unistd::getpid().as_raw();
+    // In a pid namespace of its own the child does not see its parent, and [`jail`] finds out that it lives.
+    let parent = if jail.is_some() {
+        0
+    } else {
+        nix::unistd::getpid().as_raw()
+    };
     let mut pidfd: RawFd = -1;
     // SAFETY: an all-zero clone_args is a valid value of that plain struct.
     let mut clone: libc::clone_args = unsafe { std::mem::zeroed() };
-    clone.flags = u64::from(libc::CLONE_PIDFD.unsigned_abs());
+    let namespaces = if jail.is_some() { jail::NAMESPACES } else { 0 };
+    clone.flags = u64::from((libc::CLONE_PIDFD | namespaces).unsigned_abs());
     clone.pidfd = (&raw mut pidfd) as u64;
     clone.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
     // SAFETY: without CLONE_VM the child has its own copy of memory, as after fork(2); until exec it
@@ -80,11 +111,31 @@ pub fn spawn(program: &Program<'_>) -> Result<Process, Errno> {
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const clone, size_of::<libc::clone_args>()) };
     if pid == 0 {
         // SAFETY: this is the child described above; the pointers are into its own copy of memory.
-        unsafe { run_child(executable, &arguments, &environment, &moves, parent) }
+        unsafe {
+            run_child(
+                executable,
+                &arguments,
+                &environment,
+                &moves,
+                parent,
+                jail.as_ref(),
+            )
+        }
     }
-    let pid = i32::try_from(Errno::result(pid)?).map_err(|_| Errno::EOVERFLOW)?;
+    let pid = Errno::result(pid).and_then(|pid| i32::try_from(pid).map_err(|_| Errno::EOVERFLOW));
+    let pid = pid.map_err(|errno| match jail {
+        Some(_) => SpawnError::Namespaces(errno),
+        None => SpawnError::Create(errno),
+    })?;
     // SAFETY: clone3 has stored a new descriptor there.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    if let Some(jail) = jail
+        && let Err(error) = jail.parent(pid)
+    {
+        let _ = pidfd_kill(&pidfd);
+        let _ = wait(pidfd.as_fd(), 0);
+        return Err(SpawnError::Jail(error));
+    }
     Ok(Process { pid, pidfd })
 }
 
@@ -98,6 +149,7 @@ unsafe fn run_child(
     environment: &[*const libc::c_char],
     moves: &[(RawFd, RawFd)],
     parent: libc::pid_t,
+    jail: Option<&jail::Prepared>,
 ) -> ! {
     // SAFETY: plain system calls; every pointer is to memory of this process.
     unsafe {
@@ -116,6 +168,7 @@ unsafe fn run_child(
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
         // First all out of the way, then into place: a place may be another descriptor's number.
         let executable = libc::fcntl(executable, libc::F_DUPFD_CLOEXEC, SCRATCH);
+        let socket = jail.map(|jail| jail.keep_socket(SCRATCH));
         let mut copies = [-1; MAX_DESCRIPTORS];
         for (copy, (from, _)) in copies.iter_mut().zip(moves) {
             *copy = libc::fcntl(*from, libc::F_DUPFD_CLOEXEC, SCRATCH);
@@ -125,6 +178,12 @@ unsafe fn run_child(
                 libc::_exit(127);
             }
         }
+        if let (Some(jail), Some(socket)) = (jail, socket) {
+            jail.child(socket);
+        }
+        // Every descriptor is closed at exec already; this makes sure of it.
+        let first = u32::try_from(SCRATCH).unwrap_or_default();
+        libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
         libc::syscall(
             libc::SYS_execveat,
             executable,
@@ -186,11 +245,15 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// # Errors
 /// `ECHILD` when it is reaped already.
 pub fn reap(pidfd: BorrowedFd<'_>) -> Result<Option<Ending>, Errno> {
+    wait(pidfd, libc::WNOHANG)
+}
+
+fn wait(pidfd: BorrowedFd<'_>, flags: libc::c_int) -> Result<Option<Ending>, Errno> {
     // SAFETY: an all-zero siginfo_t is a valid value of that plain struct.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let id = libc::id_t::try_from(pidfd.as_raw_fd()).map_err(|_| Errno::EBADF)?;
     // SAFETY: info is a writable siginfo_t.
-    let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+    let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | flags) };
     Errno::result(result)?;
     // SAFETY: waitid has filled the fields for a child, or left them zero.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };

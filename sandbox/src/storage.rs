@@ -144,6 +144,8 @@ impl SharedTree {
         let protect = || {
             let writable = Source::open(root)?.detached()?;
             host_mount::make_read_only(root)?;
+            // What is mounted in it later has to reach the VMM's own mount namespace.
+            host_mount::share(root)?;
             Ok::<_, MountError>(writable)
         };
         match protect() {
@@ -157,16 +159,6 @@ impl SharedTree {
                 Err(error.into())
             }
         }
-    }
-
-    /// A descriptor of the tree's root for the VMM.
-    ///
-    /// # Errors
-    /// [`StorageError::Disk`].
-    pub fn open(&self) -> Result<OwnedFd, StorageError> {
-        File::open(&self.root)
-            .map(OwnedFd::from)
-            .map_err(|error| StorageError::Disk(self.root.clone(), error))
     }
 
     /// The root's path.

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -12,16 +11,16 @@ use bulkhead_protocol::control::{
     BootTimes, Channel, ChannelError, Event, Exit, Fd, Inspection, Reply, Request, RequestMessage,
     VMM_SOCKET_FD, VmConfig, VmmMessage,
 };
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cgroup::Cgroup;
 use crate::console;
+use crate::jail::Jail;
 use crate::limits;
 use crate::mount::{self, MountError};
-use crate::spawn::{self, Ending, Program};
+use crate::spawn::{self, Ending, Program, SpawnError};
 
 mod actor;
 
@@ -47,7 +46,7 @@ pub enum VmError {
     Socket(#[source] ChannelError),
     /// The VMM process could not be started.
     #[error("Cannot start the VMM process")]
-    Spawn(#[source] Errno),
+    Spawn(#[source] SpawnError),
     /// A descriptor could not be prepared.
     #[error("Cannot prepare a descriptor")]
     Descriptor(#[source] std::io::Error),
@@ -161,7 +160,7 @@ pub enum VsockEvent {
 }
 
 impl Vm {
-    /// Starts the VMM process. Its `Boot` request is for [`Vm::boot`]. Stream events go to `events`.
+    /// Starts the VMM process in `jail`. Its `Boot` request is for [`Vm::boot`]. Stream events go to `events`.
     ///
     /// Call it from the process's main thread: the VMM dies with the thread that started it.
     ///
@@ -169,6 +168,7 @@ impl Vm {
     /// [`VmError`]; no process is left.
     pub fn start(
         program: &std::path::Path,
+        jail: Jail<'_>,
         cgroup: Option<Cgroup>,
         oom_score_adj: i32,
         events: mpsc::UnboundedSender<VsockEvent>,
@@ -192,6 +192,7 @@ impl Vm {
                 (stderr_write.as_fd(), 2),
                 (theirs.as_fd(), VMM_SOCKET_FD),
             ],
+            jail: Some(jail),
         })
         .map_err(VmError::Spawn)?;
         drop((theirs, stderr_write));
@@ -285,26 +286,6 @@ impl Vm {
     #[must_use]
     pub fn process(&self) -> Started {
         self.started
-    }
-
-    /// The directory of the VMM's descriptors, `/proc/<pid>/fd`, for [`Share`]'s field of that name.
-    ///
-    /// [`Share`]: bulkhead_protocol::control::Share
-    ///
-    /// # Errors
-    /// [`VmError::Open`], above all when the process has ended.
-    pub fn descriptors_directory(&self) -> Result<OwnedFd, VmError> {
-        let path = PathBuf::from(format!("/proc/{}/fd", self.started.pid));
-        std::fs::File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-            .open(&path)
-            .map(OwnedFd::from)
-            .map_err(|error| VmError::Open {
-                what: "the VMM's descriptors",
-                path,
-                error,
-            })
     }
 
     /// Waits for the end of the VM.

@@ -85,6 +85,7 @@ impl Vm {
             share: None,
             vsock_listeners: vec![(ports::AGENT, Fd(3))],
             balloon: true,
+            seccomp: true,
         };
         let mut vm = Vm {
             child,

@@ -8,15 +8,17 @@
 //! the VMM's process to it. The VM ends after ten seconds if it does not before; with `--until-agent` at that moment.
 
 use std::error::Error;
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Instant;
 
 use bulkhead_protocol::control::{
-    Channel, Event, Fd, Request, RequestMessage, VERSION, VMM_SOCKET_FD, VmConfig, VmmMessage,
+    Channel, Event, Fd, Request, RequestMessage, VERSION, VMM_PROC_FD, VMM_SOCKET_FD, VmConfig, VmmMessage,
 };
 use bulkhead_protocol::ports;
 
@@ -31,13 +33,27 @@ fn main() -> Result<(), Box<dyn Error>> {
     let memory_mib = number(0, 128)?;
     let vcpus = number(1, 1)?.try_into()?;
     let (ours, theirs) = Channel::pair()?;
+    // The VMM serves its root directory, here an empty one, and starts by descriptor, as no path leads to it from there.
+    let share = std::env::temp_dir().join(format!("bulkhead-boot-{}", std::process::id()));
+    std::fs::create_dir(&share)?;
+    let share_path = CString::new(share.as_os_str().as_bytes())?;
+    let program = File::open(vmm)?;
     let mut command = Command::new(vmm);
     let fd = theirs.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe and needs no memory.
+    // SAFETY: system calls that are async-signal-safe and need no memory; the pointers are to C strings that live as long
+    // as the closure, or to lists that end with null.
     unsafe {
-        command.pre_exec(move || match libc::dup2(fd, VMM_SOCKET_FD) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
+        command.pre_exec(move || {
+            let files = libc::open(c"/proc/self/fd".as_ptr(), libc::O_PATH | libc::O_CLOEXEC);
+            let program = libc::fcntl(program.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100);
+            let socket = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 100);
+            libc::dup2(files, VMM_PROC_FD);
+            libc::dup2(socket, VMM_SOCKET_FD);
+            libc::chroot(share_path.as_ptr());
+            libc::chdir(c"/".as_ptr());
+            let arguments = [c"bulkhead-vmm".as_ptr(), std::ptr::null()];
+            libc::fexecve(program, arguments.as_ptr(), arguments[1..].as_ptr());
+            Err(std::io::Error::last_os_error())
         });
     }
     let start = Instant::now();
@@ -45,15 +61,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     drop(theirs);
 
     let (_agent, far_end) = UnixStream::pair()?;
-    let share = std::env::temp_dir().join(format!("bulkhead-boot-{}", std::process::id()));
-    std::fs::create_dir(&share)?;
-    let descriptors: [OwnedFd; 6] = [
+    let descriptors: [OwnedFd; 4] = [
         File::options().read(true).write(true).open("/dev/kvm")?.into(),
         File::open(kernel)?.into(),
         File::open(root)?.into(),
         far_end.into(),
-        File::open(&share)?.into(),
-        File::open(format!("/proc/{}/fd", child.id()))?.into(),
     ];
     std::fs::remove_dir(&share)?;
     let config = VmConfig {
@@ -73,11 +85,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         nets: vec![],
         share: Some(bulkhead_protocol::control::Share {
             tag: "bulkhead".into(),
-            root: Fd(4),
-            proc_self_fd: Fd(5),
         }),
         vsock_listeners: vec![(ports::AGENT, Fd(3))],
         balloon: true,
+        seccomp: true,
     };
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     ours.send(

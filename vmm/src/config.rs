@@ -149,6 +149,7 @@ mod tests {
             share: None,
             vsock_listeners: vec![],
             balloon: true,
+            seccomp: true,
         }
     }
 

@@ -1,22 +1,22 @@
 //! What the VMM gives up before guest code runs.
 //!
-//! The `virtiofsd` library hands names of FUSE requests to `mkdirat`, `unlinkat`, `renameat2`, `symlinkat`,
-//! `linkat` and `mknodat` as they come, `..` and `/` included: it counts on a process whose root directory
-//! is the shared tree. A guest whose kernel is hostile chooses these names, so without [`enter`] it could
-//! make and remove files anywhere on the host.
-//!
-//! Still missing from the jail of `docs/threat-model.md`: user, mount and pid namespaces, and seccomp.
+//! Whoever starts the VMM has put it in namespaces of its own: its root directory is the shared tree, its user namespace
+//! has no power over the host. The `virtiofsd` library counts on that: it hands names of FUSE requests to `mkdirat`,
+//! `unlinkat`, `renameat2`, `symlinkat`, `linkat` and `mknodat` as they come, `..` and `/` included, and a guest whose
+//! kernel is hostile chooses these names. Here go what is left of capabilities, and everything else that can be given up.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::resource::{Resource, setrlimit};
-use nix::unistd::{chdir, chroot, fchdir};
+use nix::sys::resource::{Resource, rlim_t, setrlimit};
 
+pub mod filter;
+pub mod landlock;
+mod table;
 #[cfg(test)]
 mod tests;
+
+pub use table::Thread;
 
 /// Capabilities the file server needs to act for every owner in the shared tree (capabilities(7)):
 /// CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, SETGID 6, SETUID 7, MKNOD 27, SETFCAP 31.
@@ -28,44 +28,60 @@ const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// Why the jail could not be entered. The guest must then not run.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
-    /// Empty namespaces.
-    #[error("Cannot unshare the network, IPC and UTS namespaces")]
-    Namespaces(#[source] Errno),
-    /// The root directory.
-    #[error("Cannot change the root directory to the shared tree")]
-    Root(#[source] Errno),
-    /// The limit of core dumps, which would hold guest memory.
-    #[error("Cannot forbid core dumps")]
-    CoreDumps(#[source] Errno),
+    /// Limits of resources.
+    #[error("Cannot lower the limit {0:?}")]
+    Limit(Resource, #[source] Errno),
     /// Capabilities.
     #[error("Cannot drop capabilities")]
     Capabilities(#[source] io::Error),
     /// `no_new_privs`.
     #[error("Cannot set no_new_privs")]
     NoNewPrivileges(#[source] io::Error),
+    /// Landlock, which this kernel has.
+    #[error("Cannot enter a Landlock domain")]
+    Landlock(#[source] io::Error),
+    /// System calls.
+    #[error(
+        "Cannot confine the VMM to the system calls it needs: the host's kernel needs CONFIG_SECCOMP_FILTER; a weaker jail can \
+         be accepted by \"weaker_jail\": [\"seccomp\"] in the configuration"
+    )]
+    Filter(#[source] io::Error),
 }
 
-/// Makes `root`, if there is one, the root directory, and keeps no privilege but what serving its files takes.
+/// Limits, soft and hard. The size of files has none: disks and files of the shared tree are as large as their file
+/// systems let them be.
+const LIMITS: [(Resource, rlim_t); 2] = [
+    // It would hold guest memory.
+    (Resource::RLIMIT_CORE, 0),
+    // Guest memory is not locked.
+    (Resource::RLIMIT_MEMLOCK, 0),
+];
+
+/// Keeps no privilege but what serving files takes. System calls are [`confine`]'s.
 ///
-/// Call it on the main thread before any other thread exists (capabilities and namespaces belong to a
-/// thread, and new threads inherit them), and after everything that opens a path.
+/// Call it on the main thread before any other thread exists (capabilities belong to a thread, and new threads inherit
+/// them), and after everything that needs more.
 ///
 /// # Errors
 /// [`JailError`]; some of the steps may have been taken.
-pub fn enter(root: Option<BorrowedFd<'_>>) -> Result<(), JailError> {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-        .map_err(JailError::Namespaces)?;
-    // ".." of the new root is the new root, for names relative to descriptors below it as well.
-    if let Some(root) = root {
-        fchdir(root.as_raw_fd())
-            .and_then(|()| chroot("."))
-            .and_then(|()| chdir("/"))
-            .map_err(JailError::Root)?;
+pub fn enter() -> Result<(), JailError> {
+    for (resource, limit) in LIMITS {
+        setrlimit(resource, limit, limit).map_err(|errno| JailError::Limit(resource, errno))?;
     }
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(JailError::CoreDumps)?;
     drop_capabilities().map_err(JailError::Capabilities)?;
     // SAFETY: prctl with these constants takes no pointers.
-    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map_err(JailError::NoNewPrivileges)
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+        .map_err(JailError::NoNewPrivileges)?;
+    landlock::enter().map_err(JailError::Landlock)
+}
+
+/// Confines the calling thread, which is one of kind `thread`, to the system calls it needs. Any other one kills
+/// the process.
+///
+/// # Errors
+/// [`JailError::Filter`].
+pub fn confine(thread: Thread) -> Result<(), JailError> {
+    filter::install(thread).map_err(JailError::Filter)
 }
 
 /// Leaves [`KEPT`] in the permitted, effective and bounding sets and nothing in the others.

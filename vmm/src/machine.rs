@@ -1,12 +1,12 @@
 //! Builds a VM. [`Machine::build`] reads top to bottom as the boot order.
 
 use std::fs::File;
-use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::control::{
-    BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VmConfig,
+    BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VMM_PROC_FD, VmConfig,
 };
 use bulkhead_protocol::ports;
 use kvm_bindings::{
@@ -182,7 +182,7 @@ impl Machine {
         // The VM and its memory.
         let kvm_fd = take("kvm", config.kvm)?;
         // SAFETY: the descriptor is owned and given up here; ioctls on anything but /dev/kvm fail.
-        let hypervisor = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(kvm_fd.into_raw_fd()) };
+        let hypervisor = unsafe { Kvm::from_raw_fd(kvm_fd.into_raw_fd()) };
         let mut kernel_file = File::from(take("kernel", config.kernel)?);
         kernel::check(&kernel_file).map_err(BuildError::Kernel)?;
         let supported = hypervisor
@@ -239,13 +239,14 @@ impl Machine {
         }
         let vsock = Arc::new(Mutex::new(vsock));
         devices.push(vsock.clone());
-        let mut share_root = None;
+        let mut fs = None;
         if let Some(share) = &config.share {
-            let root = File::from(take("share.root", share.root)?);
-            share_root = Some(root.try_clone().map_err(BuildError::Host)?);
-            let proc_self_fd = File::from(take("share.proc_self_fd", share.proc_self_fd)?);
-            let fs = Fs::new(0, &share.tag, root, proc_self_fd).map_err(BuildError::Fs)?;
-            devices.push(Arc::new(Mutex::new(fs)));
+            let root = File::open("/").map_err(BuildError::Host)?;
+            let proc_self_fd = File::from(own_files()?);
+            let device = Fs::new(0, &share.tag, root, proc_self_fd).map_err(BuildError::Fs)?;
+            let device = Arc::new(Mutex::new(device));
+            devices.push(device.clone());
+            fs = Some(device);
         }
         devices.push(Arc::new(Mutex::new(Rng::new())));
         let balloon = config.balloon.then(|| Arc::new(Mutex::new(Balloon::new())));
@@ -313,9 +314,17 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
 
-        // Nothing of the host's file system is needed any more, and no other thread exists yet.
-        jail::enter(share_root.as_ref().map(AsFd::as_fd)).map_err(BuildError::Jail)?;
-        drop((share_root, kernel_file, image_file));
+        // Nothing of the host is needed any more, and no other thread exists yet.
+        jail::enter().map_err(BuildError::Jail)?;
+        drop((hypervisor, kernel_file, image_file));
+        // The file server's calls are not among this thread's: it begins before they are taken from this one.
+        if let Some(fs) = &fs {
+            let mut fs = fs.lock().unwrap_or_else(PoisonError::into_inner);
+            fs.start_thread(config.seccomp).map_err(BuildError::Host)?;
+        }
+        if config.seccomp {
+            jail::confine(jail::Thread::Main).map_err(BuildError::Jail)?;
+        }
 
         let bus = Arc::new(Bus {
             ports: Ports::new(serial, memory),
@@ -328,7 +337,7 @@ impl Machine {
             reasons,
             event: exit_event.try_clone().map_err(BuildError::Host)?,
         };
-        let vcpus = Vcpus::start(vcpus, bus, report).map_err(BuildError::Host)?;
+        let vcpus = Vcpus::start(vcpus, bus, report, config.seccomp).map_err(BuildError::Host)?;
         Ok(Self {
             devices: transports,
             vsock,
@@ -460,6 +469,16 @@ pub fn take_fd(
     request
         .take(fd)
         .map_err(|source| BuildError::Descriptor { what, source })
+}
+
+/// The inherited directory of this process's descriptors.
+fn own_files() -> Result<OwnedFd, BuildError> {
+    // SAFETY: fcntl only asks whether the descriptor exists.
+    if unsafe { libc::fcntl(VMM_PROC_FD, libc::F_GETFD) } < 0 {
+        return Err(BuildError::Host(std::io::Error::last_os_error()));
+    }
+    // SAFETY: it exists, is meant for this, and a VM is built once in a process.
+    Ok(unsafe { OwnedFd::from_raw_fd(VMM_PROC_FD) })
 }
 
 /// Opens the files of a disk.

@@ -16,6 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::arch::layout;
+use crate::error_chain;
+use crate::jail::{self, Thread};
 use crate::ports::Ports;
 use crate::virtio::mmio::MmioTransport;
 
@@ -110,21 +112,23 @@ pub struct Vcpus {
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     report: ExitReport,
+    confined: bool,
     threads: Vec<(JoinHandle<()>, ImmediateExit)>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; they run at once.
+    /// Starts a thread for each vCPU; they run at once. They are `confined` to the system calls that takes.
     ///
     /// # Errors
     /// The signal handler or a thread could not be made; threads already started go on until the process
     /// ends.
-    pub fn start(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, report: ExitReport) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, report: ExitReport, confined: bool) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), interrupt).map_err(io::Error::from)?;
         let mut started = Self {
             gate: Arc::new(Gate::default()),
             bus,
             report,
+            confined,
             threads: Vec::new(),
         };
         for vcpu in vcpus {
@@ -150,12 +154,21 @@ impl Vcpus {
     pub fn add(&mut self, mut vcpu: VcpuFd) -> io::Result<()> {
         let immediate_exit = ImmediateExit(ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit).cast());
         let (bus, gate, report) = (self.bus.clone(), self.gate.clone(), self.report.try_clone()?);
+        let confined = self.confined;
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", self.threads.len()))
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 let immediate_exit = immediate_exit;
-                run(&mut vcpu, &bus, &gate, immediate_exit, &report);
+                // No guest code runs on a thread that is not confined.
+                match if confined {
+                    jail::confine(Thread::Vcpu)
+                } else {
+                    Ok(())
+                } {
+                    Ok(()) => run(&mut vcpu, &bus, &gate, immediate_exit, &report),
+                    Err(error) => report.send(ExitReason::VmmError(error_chain(&error))),
+                }
                 gate.leave();
                 // Its page must stay mapped for `ImmediateExit`.
                 std::mem::forget(vcpu);
@@ -315,6 +328,7 @@ mod tests {
                 reasons: std::sync::mpsc::channel().0,
                 event: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
             },
+            confined: false,
             threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
         };
         assert_eq!(vcpus.pause().unwrap_err().kind(), io::ErrorKind::TimedOut);

@@ -32,13 +32,10 @@ fn config() -> VmConfig {
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
         }],
-        share: Some(Share {
-            tag: "shared".into(),
-            root: Fd(6),
-            proc_self_fd: Fd(8),
-        }),
+        share: Some(Share { tag: "shared".into() }),
         vsock_listeners: vec![(1024, Fd(7))],
         balloon: true,
+        seccomp: true,
     }
 }
 

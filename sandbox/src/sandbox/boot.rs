@@ -8,7 +8,9 @@ use tokio::sync::mpsc;
 use super::network::net_slots;
 use super::*;
 use crate::agent::Events;
+use crate::config::Wall;
 use crate::error::chain;
+use crate::jail::Jail;
 use crate::journal::{Entry, Role};
 use crate::vm::{Descriptors, VmError, VsockEvent, open_for_vm};
 
@@ -49,9 +51,16 @@ impl Sandbox {
         let limit = Duration::from_secs(self.0.config.boot_timeout_s.into());
         let (events, vsock_events) = mpsc::unbounded_channel();
         self.boot_step(Step::VmmStarted).await?;
+        for wall in &self.0.config.weaker_jail {
+            log::warn!(
+                "sandbox {}: the configuration leaves {wall:?} out of the VMM's jail",
+                self.0.id
+            );
+        }
         // The VMM process starts first: everything below happens while it initialises.
         let vm = Vm::start(
             &self.0.config.vmm_path(),
+            self.jail(),
             self.0.cgroup.clone(),
             self.0.oom_score_adj,
             events,
@@ -62,7 +71,7 @@ impl Sandbox {
         self.adopt(&vm, vsock_events)?;
 
         self.boot_step(Step::VmmConfigured).await?;
-        let (agent_stream, config, descriptors) = self.vm_config(&vm)?;
+        let (agent_stream, config, descriptors) = self.vm_config()?;
         let agent = Agent::new(
             agent_stream,
             vm.clone(),
@@ -115,6 +124,14 @@ impl Sandbox {
         fault::reach(step).await.map_err(|error| Error::Step(step, error))
     }
 
+    /// The namespaces of the VMM.
+    fn jail(&self) -> Jail<'_> {
+        Jail {
+            root: self.0.tree.as_ref().map(SharedTree::root),
+            user_namespace: !self.0.config.weaker_jail.contains(&Wall::UserNamespace),
+        }
+    }
+
     /// Writes the VMM down and watches it.
     fn adopt(&self, vm: &Vm, mut vsock_events: mpsc::UnboundedReceiver<VsockEvent>) -> Result<(), Error> {
         let process = vm.process();
@@ -146,22 +163,16 @@ impl Sandbox {
     }
 
     /// The host's end of the agent's stream, and the VM's description with its descriptors.
-    fn vm_config(&self, vm: &Vm) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
+    fn vm_config(&self) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
         let config = &self.0.config;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Descriptor)?;
         let mut fds = Descriptors::default();
         let kvm = fds.add(open_for_vm("KVM", "/dev/kvm".as_ref(), true)?);
         let kernel = fds.add(open_for_vm("guest kernel", &config.kernel, false)?);
         let root = fds.add(open_for_vm("root image", &config.image, false)?);
-        let tree = self.0.tree.as_ref().map(SharedTree::open).transpose()?;
-        let share = match tree {
-            Some(tree) => Some(Share {
-                tag: SHARE_TAG.into(),
-                root: fds.add(tree),
-                proc_self_fd: fds.add(vm.descriptors_directory()?),
-            }),
-            None => None,
-        };
+        let share = self.0.tree.as_ref().map(|_| Share {
+            tag: SHARE_TAG.into(),
+        });
         let agent = fds.add(theirs.into());
         // The VMM's copies are the only ones: a tap goes when it closes them.
         let nets: Vec<control::Net> = std::mem::take(&mut self.network().nets)
@@ -196,6 +207,7 @@ impl Sandbox {
             share,
             vsock_listeners: vec![(ports::AGENT, agent)],
             balloon: config.balloon,
+            seccomp: !config.weaker_jail.contains(&Wall::Seccomp),
         };
         Ok((ours.into(), vm_config, fds.into_vec()))
     }

@@ -196,6 +196,11 @@ impl Actor {
             Some(Ending::Killed(libc::SIGBUS)) => {
                 "VMM killed by signal 7 (SIGBUS): the root image was truncated, or cannot be read".to_owned()
             }
+            Some(Ending::Killed(libc::SIGSYS)) => {
+                "VMM killed for a system call its filter does not allow (SIGSYS; the host's audit log or kernel log names the \
+                 call: type=1326, comm and syscall)"
+                    .to_owned()
+            }
             Some(Ending::Killed(signal)) => format!("VMM killed by signal {signal}"),
             Some(Ending::Exited(status)) => format!("VMM exited with status {status}"),
             None => "VMM ended".to_owned(),

@@ -28,6 +28,7 @@ mod failure;
 mod faults;
 mod files;
 mod isolation;
+mod jail;
 mod layers;
 mod logging;
 mod network;

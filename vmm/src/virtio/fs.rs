@@ -17,13 +17,15 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use nix::sched::{CloneFlags, unshare};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::worker::Worker;
+use super::worker::{Worker, WorkerThread};
 use super::{Activation, DeviceError, Turn, VirtioDevice, config};
+use crate::jail::{Thread, filter};
 
 #[cfg(fuzzing)]
 pub use inline::Inline;
@@ -59,6 +61,7 @@ pub struct Fs {
     guest_files: u64,
     kicks: Arc<Vec<EventFd>>,
     failed: EventFd,
+    thread: Option<WorkerThread>,
     worker: Option<Worker>,
     /// State of the queues while paused.
     paused: Option<Vec<DeviceQueueState>>,
@@ -89,9 +92,27 @@ impl Fs {
             guest_files,
             kicks: Arc::default(),
             failed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(FsError::Event)?,
+            thread: None,
             worker: None,
             paused: None,
         })
+    }
+
+    /// Starts the thread of the server, before there is a guest; `confined` to the system calls it needs.
+    ///
+    /// # Errors
+    /// The thread cannot be made or confined.
+    pub fn start_thread(&mut self, confined: bool) -> io::Result<()> {
+        self.thread = Some(WorkerThread::start(&self.name, move || {
+            // From here on directory and umask are the thread's own.
+            unshare(CloneFlags::CLONE_FS)?;
+            if confined {
+                filter::install(Thread::Files)
+            } else {
+                Ok(())
+            }
+        })?);
+        Ok(())
     }
 
     /// State of the queues for a snapshot, in a pause. What the server knows of the guest's open files is
@@ -110,12 +131,10 @@ impl Fs {
         let root = self.root.try_clone()?;
         let proc_self_fd = self.proc_self_fd.try_clone()?;
         let guest_files = self.guest_files;
-        Worker::start(
-            &self.name,
-            self.kicks.clone(),
-            self.failed.try_clone()?,
-            move || server::Server::new(&root, proc_self_fd, guest_files, queues),
-        )
+        let thread = self.thread.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        Worker::start(thread, self.kicks.clone(), self.failed.try_clone()?, move || {
+            server::Server::new(&root, proc_self_fd, guest_files, queues)
+        })
     }
 }
 

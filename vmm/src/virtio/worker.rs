@@ -1,6 +1,7 @@
 //! A thread that serves the queues of one device.
 //!
-//! The owner can pause it between two requests, read the state of its queues then, and stop it. A device
+//! The thread is there before the guest is, and takes on one [`Worker`] after the other: a driver's activation of its
+//! device comes on a vCPU's thread, which may not start threads. The owner can pause a worker between two requests, read the state of its queues then, and stop it. A device
 //! whose requests block on the host (a file server) runs on a worker, so that others do not wait for it.
 
 #[cfg(test)]
@@ -10,8 +11,8 @@ use std::fmt::{self, Debug};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -45,11 +46,45 @@ pub trait Work {
     fn save_queues(&self) -> Vec<DeviceQueueState>;
 }
 
-/// Handle of a worker thread. Dropping it stops the worker and waits for it, but for a second at most:
+/// A thread for workers. It ends when the handle is dropped and its worker has ended.
+#[derive(Debug)]
+pub struct WorkerThread(Sender<Job>);
+
+/// All that one worker does.
+struct Job(Box<dyn FnOnce() + Send>);
+
+impl WorkerThread {
+    /// Starts a thread that calls `prepare` first.
+    ///
+    /// # Errors
+    /// The thread cannot be made, or `prepare` fails.
+    pub fn start(name: &str, prepare: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
+        let (jobs, waiting) = channel::<Job>();
+        let (ready, prepared) = channel();
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                let result = prepare();
+                let useless = result.is_err();
+                // The other end waits for it.
+                let _ = ready.send(result);
+                if useless {
+                    return;
+                }
+                for Job(job) in waiting {
+                    job();
+                }
+            })?;
+        prepared.recv().map_err(io::Error::other)??;
+        Ok(Self(jobs))
+    }
+}
+
+/// Handle of what runs on a worker's thread. Dropping it stops the worker and waits for it, but for a second at most:
 /// [`stop`](Self::stop) waits until it has ended.
 pub struct Worker {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
@@ -77,14 +112,14 @@ enum Wanted {
 }
 
 impl Worker {
-    /// Starts a worker that serves a queue whenever its eventfd of `kicks` is signalled. `build` runs on the
-    /// new thread. If it or the work fails, `failed` is signalled and [`take_failure`](Self::take_failure)
+    /// Starts a worker that serves a queue whenever its eventfd of `kicks` is signalled. `build` runs on
+    /// `thread`, when the worker before has ended. If it or the work fails, `failed` is signalled and [`take_failure`](Self::take_failure)
     /// tells why.
     ///
     /// # Errors
-    /// The thread or one of its descriptors cannot be made.
+    /// One of its descriptors cannot be made, or the thread has ended.
     pub fn start<W: Work>(
-        name: &str,
+        thread: &WorkerThread,
         kicks: Arc<Vec<EventFd>>,
         failed: EventFd,
         build: impl FnOnce() -> Result<W, DeviceError> + Send + 'static,
@@ -113,17 +148,12 @@ impl Worker {
             add(kick, EventSet::EDGE_TRIGGERED, index as u64)?;
         }
         let for_thread = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
-                let result = build().and_then(|work| for_thread.run(work, &epoll, kicks.len()));
-                for_thread.end(result);
-            })?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        let job = Job(Box::new(move || {
+            let result = build().and_then(|work| for_thread.run(work, &epoll, kicks.len()));
+            for_thread.end(result);
+        }));
+        thread.0.send(job).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        Ok(Self { shared })
     }
 
     /// Stops work between two requests and returns the state of the queues. Returns at once if the
@@ -150,12 +180,16 @@ impl Worker {
         self.shared.want(Wanted::Run);
     }
 
-    /// Stops work between two requests and waits for the thread to end.
-    pub fn stop(mut self) {
+    /// Stops work between two requests and waits for its end.
+    pub fn stop(self) {
         self.shared.want(Wanted::Stop);
-        if let Some(thread) = self.thread.take() {
-            // A panic has been reported by the panic hook.
-            let _ = thread.join();
+        let mut control = self.shared.lock();
+        while !control.ended {
+            control = self
+                .shared
+                .changed
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -169,18 +203,12 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.want(Wanted::Stop);
         let control = self.shared.lock();
-        let wait = self
-            .shared
-            .changed
-            .wait_timeout_while(control, STOP_TIME, |control| !control.ended);
-        let (control, _) = wait.unwrap_or_else(PoisonError::into_inner);
-        let ended = control.ended;
-        drop(control);
         // A request that hangs on the host must not keep the process from ending, which ends the thread too.
-        if ended && let Some(thread) = self.thread.take() {
-            // A panic has been reported by the panic hook.
-            let _ = thread.join();
-        }
+        drop(
+            self.shared
+                .changed
+                .wait_timeout_while(control, STOP_TIME, |control| !control.ended),
+        );
     }
 }
 

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{close, fchdir};
 use virtiofsd::descriptor_utils::{Reader, Writer};
@@ -21,6 +20,9 @@ use crate::virtio::worker::Work;
 
 /// Descriptors kept for everything else in this process.
 const RESERVED_FILES: u64 = 512;
+
+/// Most open files of this process. Each takes memory of the host's kernel.
+const MOST_FILES: u64 = 1 << 20;
 
 /// Size to which the descriptor table is grown at once. The kernel doubles the table when it is full, and
 /// waits for an RCU grace period each time if the process has threads: milliseconds in the middle of a
@@ -149,9 +151,7 @@ impl Work for Server {
 }
 
 fn passthrough(root: &File, proc_self_fd: File, guest_files: u64) -> io::Result<PassthroughFs> {
-    // From here on directory and umask are this thread's own. The library opens its root by path; as that
-    // is the working directory, nothing outside it is ever looked up.
-    unshare(CloneFlags::CLONE_FS)?;
+    // The library opens its root by path; as that is the working directory, nothing outside it is ever looked up.
     fchdir(root.as_raw_fd())?;
     PassthroughFs::new(Config {
         root_dir: ".".to_owned(),
@@ -183,10 +183,9 @@ fn passthrough(root: &File, proc_self_fd: File, guest_files: u64) -> io::Result<
 /// Raises the soft limit of open files to the hard one and grows the descriptor table. Returns how many
 /// files the server may keep open. `any` is any open file.
 pub(super) fn raise_file_limit(any: &File) -> io::Result<u64> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    if soft < hard {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    }
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let hard = hard.min(MOST_FILES);
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     if hard > TABLE_SIZE {
         let last = fcntl(any.as_raw_fd(), FcntlArg::F_DUPFD_CLOEXEC(TABLE_SIZE as i32 - 1))?;
         close(last)?;

@@ -36,6 +36,31 @@ impl Work for Endless {
     }
 }
 
+fn thread() -> WorkerThread {
+    WorkerThread::start("test", || Ok(())).unwrap()
+}
+
+#[test]
+fn a_thread_that_cannot_be_prepared_is_refused() {
+    let refused = WorkerThread::start("test", || Err(io::ErrorKind::OutOfMemory.into()));
+    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+}
+
+#[test]
+fn a_thread_takes_one_worker_after_the_other() {
+    let thread = thread();
+    for _ in 0..3 {
+        let count = Arc::new(AtomicUsize::new(0));
+        let for_worker = count.clone();
+        let worker = Worker::start(&thread, Arc::new(vec![event()]), event(), move || {
+            Ok(Counter(for_worker))
+        })
+        .unwrap();
+        wait_until("start", || count.load(Ordering::SeqCst) == 1);
+        worker.stop();
+    }
+}
+
 fn event() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
 }
@@ -53,7 +78,7 @@ fn counter(queues: usize) -> (Worker, Arc<Vec<EventFd>>, EventFd, Arc<AtomicUsiz
     let failed = event();
     let count = Arc::new(AtomicUsize::new(0));
     let for_worker = count.clone();
-    let worker = Worker::start("test", kicks.clone(), failed.try_clone().unwrap(), move || {
+    let worker = Worker::start(&thread(), kicks.clone(), failed.try_clone().unwrap(), move || {
         Ok(Counter(for_worker))
     })
     .unwrap();
@@ -89,7 +114,7 @@ fn a_paused_worker_does_nothing_until_resumed() {
 fn endless_work_is_paused_and_stopped() {
     let count = Arc::new(AtomicUsize::new(0));
     let for_worker = count.clone();
-    let worker = Worker::start("test", Arc::new(vec![event()]), event(), move || {
+    let worker = Worker::start(&thread(), Arc::new(vec![event()]), event(), move || {
         Ok(Endless(for_worker))
     })
     .unwrap();
@@ -123,7 +148,7 @@ impl Work for Stuck {
 fn a_request_that_hangs_does_not_hold_up_the_end() {
     let started = event();
     let for_worker = started.try_clone().unwrap();
-    let worker = Worker::start("test", Arc::new(vec![event()]), event(), move || {
+    let worker = Worker::start(&thread(), Arc::new(vec![event()]), event(), move || {
         Ok(Stuck(for_worker))
     })
     .unwrap();
@@ -149,9 +174,12 @@ fn a_failure_is_reported_once_and_pausing_still_works() {
 #[test]
 fn a_worker_that_cannot_be_built_reports_it() {
     let failed = event();
-    let worker = Worker::start::<Counter>("test", Arc::new(Vec::new()), failed.try_clone().unwrap(), || {
-        Err(DeviceError::Protocol("build"))
-    })
+    let worker = Worker::start::<Counter>(
+        &thread(),
+        Arc::new(Vec::new()),
+        failed.try_clone().unwrap(),
+        || Err(DeviceError::Protocol("build")),
+    )
     .unwrap();
     wait_until("failure", || failed.read().is_ok());
     assert!(matches!(

@@ -1,0 +1,147 @@
+//! Makes seccomp filters (seccomp(2)) of the [table](super::table).
+//!
+//! A filter is a program for the kernel's classic BPF machine (Linux Documentation/networking/filter.rst). It reads a
+//! `struct seccomp_data`: the call's number at 0, the architecture at 4, and six arguments of 64 bits from 16 on.
+
+use std::io;
+
+use super::table::{RULES, Thread};
+
+#[cfg(test)]
+mod tests;
+
+/// A line of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// Its name in the manual.
+    pub name: &'static str,
+    /// Its number on x86-64.
+    pub number: u32,
+    /// For which threads: a bit for each [`Thread`].
+    pub threads: u8,
+    /// What its arguments may be.
+    pub check: Check,
+}
+
+/// What the arguments of a call may be.
+#[derive(Clone, Copy, Debug)]
+pub enum Check {
+    /// Anything.
+    Any,
+    /// The argument of this place has one of these values.
+    OneOf(u8, &'static [u32]),
+    /// The argument of this place has none of these bits set.
+    NoBits(u8, u32),
+    /// The argument of this place is the process's own id.
+    Own(u8),
+    /// The call fails with this errno, and nothing happens.
+    Refuse(u16),
+}
+
+/// Offsets in `struct seccomp_data`.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+/// `AUDIT_ARCH_X86_64` (linux/audit.h).
+const X86_64: u32 = 0xc000_003e;
+
+const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    }
+}
+
+const fn load(offset: u32) -> libc::sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+}
+
+/// Skips `jt` instructions if the value loaded is `k`, else `jf`.
+const fn equal(k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k)
+}
+
+/// Skips `jt` instructions if the value loaded has a bit of `k`, else `jf`.
+const fn any_bit(k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, jt, jf, k)
+}
+
+const fn answer(action: u32) -> libc::sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
+}
+
+const ALLOW: libc::sock_filter = answer(libc::SECCOMP_RET_ALLOW);
+const KILL: libc::sock_filter = answer(libc::SECCOMP_RET_KILL_PROCESS);
+
+/// The filter of a thread.
+pub fn program(thread: Thread) -> Vec<libc::sock_filter> {
+    compile(RULES.iter().filter(|rule| rule.is_for(thread)))
+}
+
+/// The program that allows what `rules` do and kills the process for everything else, calls by another architecture's
+/// numbers among it. x86-64's 32-bit interface has numbers of its own, which are in no table.
+fn compile<'a>(rules: impl Iterator<Item = &'a Rule>) -> Vec<libc::sock_filter> {
+    let mut program = vec![load(ARCHITECTURE), equal(X86_64, 1, 0), KILL, load(NUMBER)];
+    for rule in rules {
+        let body = body(rule.check);
+        program.push(equal(rule.number, 0, body.len() as u8));
+        program.extend(body);
+    }
+    program.push(KILL);
+    program
+}
+
+/// What follows when the number is the rule's. It ends the program or leaves the number loaded.
+fn body(check: Check) -> Vec<libc::sock_filter> {
+    let argument = |place: u8| load(ARGUMENTS + 8 * u32::from(place));
+    let one_of = |place, values: &[u32]| {
+        let mut body = vec![argument(place)];
+        for (index, value) in values.iter().enumerate() {
+            // To the end of the comparisons, over the jump that skips it.
+            body.push(equal(*value, (values.len() - index) as u8, 0));
+        }
+        body.extend([
+            instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, 1),
+            ALLOW,
+            load(NUMBER),
+        ]);
+        body
+    };
+    match check {
+        Check::Any => vec![ALLOW],
+        Check::Refuse(errno) => vec![answer(libc::SECCOMP_RET_ERRNO | u32::from(errno))],
+        Check::NoBits(place, bits) => vec![argument(place), any_bit(bits, 1, 0), ALLOW, load(NUMBER)],
+        Check::OneOf(place, values) => one_of(place, values),
+        Check::Own(place) => one_of(place, &[std::process::id()]),
+    }
+}
+
+/// Confines the calling thread, and threads it starts, for good. It must have `no_new_privs`.
+///
+/// # Errors
+/// The kernel knows no seccomp filters, or has no memory.
+pub fn install(thread: Thread) -> io::Result<()> {
+    let mut program = program(thread);
+    let length = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let filter = libc::sock_fprog {
+        len: length,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the filter and its program live during the call, which copies them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const filter,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
