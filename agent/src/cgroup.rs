@@ -4,7 +4,7 @@
 //! and on update by the same code; libcontainer only moves processes in.
 
 mod devices;
-mod resources;
+pub mod resources;
 mod share;
 mod stats;
 

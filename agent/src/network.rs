@@ -77,16 +77,25 @@ pub fn configure(request: &proto::ConfigureNetworkRequest) -> Result<(), Network
     }
     netlink.send(link_requests(&before, &changes))?;
     let index: HashMap<String, u32> = links.iter().map(|link| (link.name.clone(), link.index)).collect();
+    let present = netlink.addresses()?;
+    netlink.send(requests(request, &index, &present)?)
+}
+
+/// Requests that bring addresses, routes and neighbours to the given state. `index` has the interfaces by name,
+/// `present` the addresses there are.
+fn requests(
+    request: &proto::ConfigureNetworkRequest,
+    index: &HashMap<String, u32>,
+    present: &[(u32, Cidr)],
+) -> Result<Vec<message::Request>, NetworkError> {
     let index_of = |name: &str| {
         index
             .get(name)
             .copied()
             .ok_or_else(|| NetworkError::NoInterface(name.to_owned()))
     };
-
-    let present = netlink.addresses()?;
     // Before the addresses: without its address a route may be gone, and then another of its kind would be taken.
-    let mut batch = gone_requests(request, &index)?;
+    let mut batch = gone_requests(request, index)?;
     for interface in &request.interfaces {
         let link = index_of(&interface.name)?;
         let wanted: Vec<Cidr> = interface
@@ -128,7 +137,36 @@ pub fn configure(request: &proto::ConfigureNetworkRequest) -> Result<(), Network
             hardware("neighbors", &neighbor.hardware_address)?,
         ));
     }
-    netlink.send(batch)
+    Ok(batch)
+}
+
+/// What [`configure`] would ask the kernel for, on a machine with one interface `eth0`: the number of bytes.
+///
+/// # Errors
+/// The request makes no sense.
+#[cfg(fuzzing)]
+pub fn rehearse(request: &proto::ConfigureNetworkRequest) -> Result<usize, NetworkError> {
+    use netlink_packet_core::NetlinkSerializable;
+    let mut links = vec![Link {
+        index: 2,
+        name: "eth0".into(),
+        hardware: [2, 0, 0, 0, 0, 1],
+    }];
+    let before = links.clone();
+    let mut changes = Vec::new();
+    for interface in &request.interfaces {
+        let link = claim(&mut links, interface)?;
+        changes.push((link, interface.name.as_str(), interface.mtu));
+    }
+    let mut all = link_requests(&before, &changes);
+    let index = links.iter().map(|link| (link.name.clone(), link.index)).collect();
+    all.extend(requests(request, &index, &[])?);
+    let sizes = all.iter().map(|request| {
+        let mut buffer = vec![0; request.message.buffer_len()];
+        request.message.serialize(&mut buffer);
+        buffer.len()
+    });
+    Ok(sizes.sum())
 }
 
 /// Requests that remove what is gone. What was on an interface that has gone went with it.

@@ -135,6 +135,12 @@ impl Partitions {
         free
     }
 
+    /// Whether no number is in use.
+    #[cfg(fuzzing)]
+    pub fn is_empty(&self) -> bool {
+        self.0.values().all(BTreeSet::is_empty)
+    }
+
     /// Gives the numbers of a plan back, after its partitions have been deleted.
     pub fn release(&mut self, plan: &Plan) {
         for volume in plan.all() {

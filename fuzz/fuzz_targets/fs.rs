@@ -19,6 +19,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 const SECRET: &[u8] = b"what no guest may see";
 const INIT: u32 = 26;
+/// Without it the library says so on standard error.
+const SUBMOUNTS: u32 = 1 << 27;
 const REPLY: u64 = 2 * test_queue::LOW;
 const REPLY_SIZE: u32 = 0x4000;
 
@@ -267,18 +269,32 @@ impl Guest {
         self.queue.add(&buffers);
         let result = self.server.serve(1);
         for (_, len) in self.queue.take_used() {
-            assert!(len <= first + room, "{len} bytes in a buffer of {}", first + room);
+            assert!(
+                len <= first + room,
+                "{len} bytes in a buffer of {}",
+                first + room
+            );
+            let mut reply = vec![0; len as usize];
+            self.memory
+                .read_slice(&mut reply, GuestAddress(REPLY))
+                .expect("it is RAM");
+            assert!(!tells_secret(&reply), "opcode {opcode} tells the secret");
         }
-        let mut reply = vec![0; REPLY_SIZE as usize];
-        self.memory
-            .read_slice(&mut reply, GuestAddress(REPLY))
-            .expect("it is RAM");
-        assert!(
-            !reply.windows(SECRET.len()).any(|bytes| bytes == SECRET),
-            "opcode {opcode} tells the secret"
-        );
         result.is_ok()
     }
+}
+
+fn tells_secret(reply: &[u8]) -> bool {
+    // SAFETY: both ranges are valid for reads.
+    let found = unsafe {
+        libc::memmem(
+            reply.as_ptr().cast(),
+            reply.len(),
+            SECRET.as_ptr().cast(),
+            SECRET.len(),
+        )
+    };
+    !found.is_null()
 }
 
 fn run(case: &Case, base: &Path, descriptors: &File, before: &Outside) {
@@ -292,7 +308,7 @@ fn run(case: &Case, base: &Path, descriptors: &File, before: &Outside) {
             7,
             38,
             0x2_0000,
-            case.features,
+            case.features | SUBMOUNTS,
             0,
             0,
             0,

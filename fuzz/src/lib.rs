@@ -2,3 +2,5 @@
 
 pub mod driver;
 pub mod memory;
+#[cfg(feature = "pod")]
+pub mod pod;

@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod cargo;
 mod demo;
+mod fuzz;
 mod here;
 mod host;
 mod image;
@@ -43,6 +44,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run the unit, property and integration tests
     Test(test::Arguments),
+    /// Run the fuzz targets
+    Fuzz(fuzz::Arguments),
     /// Measure starts and memory beside the peers, in counted instructions
     Bench(bench::Arguments),
 }
@@ -60,6 +63,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Host(arguments) => host::main(arguments),
         Command::Demo(arguments) => demo::main(arguments),
         Command::Test(arguments) => test::main(arguments),
+        Command::Fuzz(arguments) => fuzz::main(arguments),
         Command::Bench(arguments) => bench::main(arguments),
     }
 }

@@ -1,5 +1,5 @@
-//! `cargo xtask test`: unit and property tests with nextest, format and lints, then the integration tests with each
-//! containerd.
+//! `cargo xtask test`: unit and property tests with nextest, format and lints, a short run of each fuzz target, then
+//! the integration tests with each containerd.
 
 mod conformance;
 mod integration;
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use crate::cargo;
+use crate::fuzz;
 use crate::host::Containerd;
 use crate::packages;
 use crate::progress::Progress;
@@ -23,7 +24,7 @@ use crate::workspace;
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Debug)]
 pub struct Arguments {
-    /// Only the unit and property tests, the format and the lints
+    /// Only the unit and property tests, the format, the lints and the fuzz targets
     #[arg(long, conflicts_with = "integration")]
     unit: bool,
     /// Only the integration tests
@@ -105,6 +106,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         ]
         .concat();
         counts += lint(&progress, "lints of the tests on a machine of their own", &named)?;
+        counts += fuzz_targets(&progress)?;
     }
     if !arguments.unit {
         counts += integration::run(&progress, arguments)?;
@@ -143,6 +145,21 @@ fn unit(progress: &Progress) -> Result<Counts> {
         );
         Ok(counts)
     })
+}
+
+/// Runs each fuzz target for a moment, which counts as one test.
+fn fuzz_targets(progress: &Progress) -> Result<Counts> {
+    let targets = fuzz::targets()?;
+    progress.extend(1 + targets.len());
+    let programs = fuzz::build(progress)?;
+    let mut counts = Counts::default();
+    for target in &targets {
+        let outcome = fuzz::run(progress, &programs, target, fuzz::TEST_SECONDS)?;
+        eprintln!("{target}: {outcome}");
+        counts.passed += u64::from(outcome.is_clean());
+        counts.failed += u64::from(!outcome.is_clean());
+    }
+    Ok(counts)
 }
 
 /// Runs one of cargo's checks of the source, which counts as one test.

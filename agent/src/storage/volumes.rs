@@ -136,6 +136,12 @@ impl Create {
         })
     }
 
+    /// Where the volume will be mounted.
+    #[cfg(fuzzing)]
+    pub fn point(&self) -> &Path {
+        &self.point
+    }
+
     /// Mounts the volume unless it is.
     ///
     /// # Errors
