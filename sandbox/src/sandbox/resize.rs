@@ -50,7 +50,8 @@ impl Sandbox {
             set_processors(guest, &mut applied, wanted.vcpus).await?;
         }
         if how == Resize::Fit {
-            self.limit_cgroup(applied.added_mib.max(guest.vm.added_memory()));
+            self.limit_cgroup(applied.added_mib.max(guest.vm.added_memory()))
+                .await;
             self.pin(guest, &mut applied).await;
         }
         Ok(())
@@ -60,7 +61,7 @@ impl Sandbox {
         let grows = mib > applied.added_mib;
         if grows {
             // Room on the host first.
-            self.limit_cgroup(mib.max(guest.vm.added_memory()));
+            self.limit_cgroup(mib.max(guest.vm.added_memory())).await;
         }
         log::debug!(
             "sandbox {}: memory {} -> {mib} MiB added",
@@ -83,10 +84,12 @@ impl Sandbox {
     }
 
     /// Sets the limits of the pod's cgroup for a guest with `added_mib` MiB more than at its boot.
-    fn limit_cgroup(&self, added_mib: u32) {
-        if let Some(cgroup) = &self.0.cgroup {
+    ///
+    /// On a thread of its own: the kernel takes memory back before it answers, and other calls are answered meanwhile.
+    async fn limit_cgroup(&self, added_mib: u32) {
+        if let Some(cgroup) = self.0.cgroup.clone() {
             let limits = self.lock().sizing.host_limits(added_mib);
-            cgroup.limit(&limits);
+            let _ = tokio::task::spawn_blocking(move || cgroup.limit(&limits)).await;
         }
     }
 
@@ -96,7 +99,7 @@ impl Sandbox {
             let has = *memory.borrow_and_update();
             let applied = self.0.applied.lock().await;
             if has >= applied.added_mib && !self.lock().containers.is_empty() {
-                self.limit_cgroup(has);
+                self.limit_cgroup(has).await;
             }
         }
     }
@@ -148,7 +151,7 @@ impl Sandbox {
         }
         // With the last container most VMs end: nothing is asked of them. A pod goes on, without its containers' limits.
         if !changed && is_empty {
-            self.limit_cgroup(guest.vm.added_memory());
+            self.limit_cgroup(guest.vm.added_memory()).await;
             return;
         }
         if let Err(error) = self.adjust(&guest, Resize::Fit).await {
