@@ -254,7 +254,12 @@ fn a_full_disk_for_the_runtimes_state_is_a_clear_error() {
     fs::create_dir(&state).unwrap();
     let settings = test.configuration(&[("state_dir", json!(state))]);
     // From no room for the directory to no room for the last line of the journal.
-    for (name, options) in [("a", "nr_inodes=1"), ("b", "nr_inodes=2"), ("c", "size=4k")] {
+    for (name, options) in [
+        ("a", "nr_inodes=1"),
+        ("b", "nr_inodes=2"),
+        ("c", "size=4k"),
+        ("d", "nr_inodes=3"),
+    ] {
         shell(&format!("mount -t tmpfs -o {options} none {}", state.display()));
         if name == "c" {
             let full = File::create(state.join("full")).and_then(|mut file| file.write_all(&[1; 4096]));
