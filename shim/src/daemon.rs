@@ -236,7 +236,7 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
         log::error!("sandbox {}: {}", args.id, chain(error));
     }
     // The answer to the call that ends this process is still to be written, and so may be others.
-    if tokio::time::timeout(ANSWER_LIMIT, server.disconnect())
+    if tokio::time::timeout(ANSWER_LIMIT, server.shutdown())
         .await
         .is_err()
     {

@@ -12,11 +12,11 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
 use protobuf::well_known_types::any::Any;
-use protobuf::well_known_types::struct_::{Struct, Value};
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};
 use tokio::sync::{mpsc, oneshot};
 use ttrpc::context::Context;
+use ttrpc::proto::Code;
 
 use crate::anchor::Anchor;
 use crate::io::Paths;
@@ -24,8 +24,8 @@ use crate::io::Paths;
 /// Most events that wait for containerd.
 const QUEUE: usize = 2048;
 
-/// Topic of the event that says why a virtual machine has ended: a `google.protobuf.Struct` of the strings
-/// `container_id` and `reason`, because containerd has no message for that.
+/// Topic of the event that says why a virtual machine has ended. containerd has no message for that, and its clients show
+/// only those that they know: it is a `google.rpc.Status` with the container's id and the reason as its message.
 const LOST_TOPIC: &str = "/tasks/vm-ended";
 
 /// How long one delivery may take.
@@ -104,11 +104,15 @@ impl Publisher {
     }
 
     fn publish<M: Message + MessageFull>(&self, topic: &str, message: &M) {
+        self.publish_any(topic, any(message));
+    }
+
+    fn publish_any(&self, topic: &str, event: Any) {
         let envelope = Envelope {
             timestamp: Some(timestamp(now_ns())).into(),
             namespace: self.namespace.clone(),
             topic: topic.to_owned(),
-            event: Some(any(message)).into(),
+            event: Some(event).into(),
             ..Envelope::default()
         };
         if let Err(error) = self.queue.try_send(Item::Event(envelope)) {
@@ -191,13 +195,13 @@ impl EventSink for Publisher {
                 self.publish(topics::TASK_OOM_EVENT_TOPIC, &message);
             }
             SandboxEvent::Lost { container, reason } => {
-                let mut message = Struct::new();
-                for (key, text) in [("container_id", container), ("reason", reason)] {
-                    let mut value = Value::new();
-                    value.set_string_value(text);
-                    message.fields.insert(key.to_owned(), value);
-                }
-                self.publish(LOST_TOPIC, &message);
+                let status = ttrpc::get_status(Code::UNAVAILABLE, format!("{container}: {reason}"));
+                let event = Any {
+                    type_url: "google.rpc.Status".to_owned(),
+                    value: status.write_to_bytes().unwrap_or_default(),
+                    ..Any::default()
+                };
+                self.publish_any(LOST_TOPIC, event);
             }
             SandboxEvent::Paused { container } => {
                 let message = event::TaskPaused {

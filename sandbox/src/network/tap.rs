@@ -129,11 +129,20 @@ fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(),
             action,
         ]))]),
     ];
-    netlink.change(
+    let redirected = netlink.change(
         &format!("redirect frames from {name}"),
         RouteNetlinkMessage::NewTrafficFilter(filter),
         true,
-    )
+    );
+    if redirected.is_err() {
+        // Without a filter nobody could tell later that the queue is ours.
+        let what = format!("remove the ingress queue of {name}");
+        if let Err(error) = netlink.change(&what, RouteNetlinkMessage::DelQueueDiscipline(queue(from)), false)
+        {
+            log::warn!("{}", crate::error::chain(&error));
+        }
+    }
+    redirected
 }
 
 /// Gives an interface back as the network plugin made it. One that is not redirected is left alone.

@@ -61,7 +61,7 @@ impl Sandbox {
             set_processors(guest, &mut applied, wanted.vcpus).await?;
         }
         if how == Resize::Fit {
-            self.limit_cgroup(applied.room(guest.vm.added_memory()));
+            self.limit_cgroup(applied.room(guest.vm.added_memory())).await;
             self.pin(guest, &mut applied).await;
         }
         Ok(())
@@ -72,7 +72,7 @@ impl Sandbox {
         if grows {
             // Room on the host first.
             applied.granted_mib = applied.granted_mib.max(mib);
-            self.limit_cgroup(applied.granted_mib);
+            self.limit_cgroup(applied.granted_mib).await;
         }
         log::debug!(
             "sandbox {}: memory {} -> {mib} MiB added",
@@ -95,10 +95,12 @@ impl Sandbox {
     }
 
     /// Sets the limits of the pod's cgroup for a guest with `added_mib` MiB more than at its boot.
-    fn limit_cgroup(&self, added_mib: u32) {
-        if let Some(cgroup) = &self.0.cgroup {
+    ///
+    /// On a thread of its own: the kernel takes memory back before it answers, and other calls are answered meanwhile.
+    async fn limit_cgroup(&self, added_mib: u32) {
+        if let Some(cgroup) = self.0.cgroup.clone() {
             let limits = self.lock().sizing.host_limits(added_mib);
-            cgroup.limit(&limits);
+            let _ = tokio::task::spawn_blocking(move || cgroup.limit(&limits)).await;
         }
     }
 
@@ -108,7 +110,7 @@ impl Sandbox {
             let has = *memory.borrow_and_update();
             let mut applied = self.0.applied.lock().await;
             if has >= applied.added_mib && !self.lock().containers.is_empty() {
-                self.limit_cgroup(applied.room(has));
+                self.limit_cgroup(applied.room(has)).await;
             }
         }
     }
@@ -160,7 +162,7 @@ impl Sandbox {
         }
         // With the last container most VMs end: nothing is asked of them. A pod goes on, without its containers' limits.
         if !changed && is_empty {
-            self.limit_cgroup(guest.vm.added_memory());
+            self.limit_cgroup(guest.vm.added_memory()).await;
             return;
         }
         if let Err(error) = self.adjust(&guest, Resize::Fit).await {
