@@ -23,6 +23,9 @@ pub const MESSAGE_TIME: Duration = Duration::from_secs(10);
 /// How long the agent may take over a signal. One that has not answered a SIGKILL by then loses its VM.
 pub const SIGNAL_TIME: Duration = Duration::from_secs(10);
 
+/// How long a VMM that was killed may take to end.
+pub const KILL_TIME: Duration = Duration::from_secs(5);
+
 /// How long the agent may take over a question that containerd asks about every container in turn.
 pub const QUERY_TIME: Duration = Duration::from_secs(5);
 

@@ -125,33 +125,13 @@ impl Sandbox {
             all,
             ..SignalProcessRequest::default()
         };
-        let deadly = signal == libc::SIGKILL.unsigned_abs();
         match self.agent_now()?.signal_process(&request).await {
             Err(Error::Agent {
                 kind: Kind::NotFound, ..
             }) => Err(Error::Finished),
             // The machine's end kills better than any signal.
-            Err(Error::Ended(_)) if deadly => Ok(()),
-            Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. })) if deadly => {
-                self.kill_with_vm(id, &error).await
-            }
+            Err(Error::Ended(_)) if signal == libc::SIGKILL.unsigned_abs() => Ok(()),
             result => result.map(drop),
-        }
-    }
-
-    /// The guest does not kill a container: it loses its VM, and with it every container.
-    async fn kill_with_vm(&self, id: &str, error: &Error) -> Result<(), Error> {
-        let Some(vm) = self.vm_now() else { return Ok(()) };
-        let reason = format!("killed: the guest did not kill container {id} ({error})");
-        log::error!("sandbox {}: {reason}", self.0.id);
-        vm.kill_because(reason);
-        match tokio::time::timeout(SHUTDOWN_LIMIT, self.ended()).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(Error::Timeout {
-                phase: "end of the virtual machine",
-                limit: SHUTDOWN_LIMIT,
-                console: String::new(),
-            }),
         }
     }
 
