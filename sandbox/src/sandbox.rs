@@ -15,7 +15,6 @@ use crate::cgroup::Cgroup;
 use crate::config::Configuration;
 use crate::error::Error;
 use crate::journal::Journal;
-use crate::limits::Throttle;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
@@ -28,13 +27,14 @@ use crate::vm::{Vm, VmEnd};
 
 mod boot;
 mod event;
-#[cfg(test)]
-mod hostile_tests;
 mod lifecycle;
 mod network;
 mod requests;
 mod resize;
 mod volumes;
+
+#[cfg(test)]
+mod hostile_tests;
 
 pub use event::{EventSink, SandboxEvent};
 
@@ -43,10 +43,6 @@ const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a process's output may take to drain after its end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-
-/// Events of a container's memory running out that are told in a row, and the pause in which one more may come.
-const OOM_EVENTS: u32 = 8;
-const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -167,12 +163,13 @@ struct Record {
     machine: Container,
     is_sandbox: bool,
     deleting: bool,
+    /// How often its memory may run out.
+    oom: crate::limits::Throttle,
     streams: HashMap<String, ProcessStreams>,
     exits: HashMap<String, watch::Sender<Option<Exit>>>,
     execs: HashMap<String, Vec<u8>>,
     sizes: HashMap<String, (u32, u32)>,
     slots: Vec<u32>,
-    oom: Throttle,
 }
 
 impl Record {
@@ -181,12 +178,12 @@ impl Record {
             machine: Container::new(id),
             is_sandbox,
             deleting: false,
+            oom: crate::limits::out_of_memory(),
             streams: HashMap::new(),
             exits: HashMap::from([(String::new(), watch::Sender::new(None))]),
             execs: HashMap::new(),
             sizes: HashMap::new(),
             slots: Vec::new(),
-            oom: Throttle::new(OOM_EVENTS, OOM_INTERVAL),
         }
     }
 }
@@ -405,17 +402,6 @@ impl Sandbox {
                     Ok(())
                 });
             });
-        }
-    }
-
-    /// A process of a container was killed for lack of memory, says the agent. A guest that says so without an end
-    /// must not push the exits out of the queue to the caller.
-    fn out_of_memory(&self, container: String) {
-        let passes = self.with(&container, |record| {
-            Ok(record.oom.pass(std::time::Instant::now()))
-        });
-        if let Ok(Some(_)) = passes {
-            self.0.sink.event(SandboxEvent::OutOfMemory { container });
         }
     }
 

@@ -80,7 +80,7 @@ pub enum VmError {
 }
 
 /// How the VM ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VmEnd {
     /// In words.
     pub reason: String,
@@ -262,8 +262,7 @@ impl Vm {
             let status = child.wait().await.unwrap();
             end_sender.send_replace(Some(Arc::new(VmEnd {
                 reason: said.get().cloned().unwrap_or_else(|| status.to_string()),
-                orderly: false,
-                console: String::new(),
+                ..VmEnd::default()
             })));
         });
         Self {

@@ -193,7 +193,7 @@ async fn a_flood_of_lies_is_told_once_or_not_at_all() {
     let told = &hostile.told;
     let oom = told.count(|event| matches!(event, SandboxEvent::OutOfMemory { .. }));
     assert!(
-        (1..=OOM_EVENTS as usize + 20).contains(&oom),
+        (1..=crate::limits::OOM_EVENTS as usize + 20).contains(&oom),
         "{oom} times out of memory"
     );
     let exits = told.count(|event| matches!(event, SandboxEvent::Exited { .. }));
