@@ -21,7 +21,7 @@ pub const EVENT_BACKLOG: usize = 1024;
 pub const MESSAGE_TIME: Duration = Duration::from_secs(10);
 
 /// How long the agent may take over a signal. One that has not answered a SIGKILL by then loses its VM.
-pub const SIGNAL_TIME: Duration = Duration::from_secs(10);
+pub const SIGNAL_TIME: Duration = Duration::from_secs(30);
 
 /// How long a VMM that was killed may take to end.
 pub const KILL_TIME: Duration = Duration::from_secs(5);
