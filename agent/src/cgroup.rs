@@ -3,9 +3,9 @@
 //! `/agent` holds the agent, `/bulkhead/<id>` a container. Limits are written by the agent itself, at creation
 //! and on update by the same code; libcontainer only moves processes in.
 
+mod bounds;
 mod devices;
 pub mod resources;
-mod share;
 mod stats;
 
 use std::fs::{self, File};
@@ -14,11 +14,11 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use bounds::bound;
 pub use devices::{DeviceRules, attach as attach_device_filter};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use oci_spec::runtime::LinuxResources;
 pub use resources::{Setting, settings};
-pub use share::bound;
 pub use stats::{KeyValues, Stats, key_values};
 
 use crate::fd::AsyncFile;

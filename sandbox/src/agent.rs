@@ -83,15 +83,13 @@ impl Events {
 }
 
 macro_rules! calls {
-    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty $(, within $limit:path)?;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident, $phase:literal, $request:ty => $response:ty;)*) => {$(
         $(#[$doc])*
         ///
         /// # Errors
         /// The agent's refusal, [`Error::Timeout`], or the end of the VM.
         pub async fn $name(&self, request: &$request) -> Result<$response, Error> {
-            let limit = self.limit;
-            $(let limit = limit.min($limit);)?
-            self.call($phase, limit, self.client.$name(Context::default(), request)).await
+            self.call($phase, self.limit, self.client.$name(Context::default(), request)).await
         }
     )*};
 }
@@ -206,6 +204,35 @@ impl Agent {
         })
     }
 
+    /// Signals a process. An agent that does not answer a SIGKILL loses its VM: a kill kills.
+    ///
+    /// # Errors
+    /// The agent's refusal, [`Error::Timeout`] after [`limits::SIGNAL_TIME`] at the latest, or the end of the VM.
+    pub async fn signal_process(
+        &self,
+        request: &SignalProcessRequest,
+    ) -> Result<agent::SignalProcessResponse, Error> {
+        let limit = self.limit.min(limits::SIGNAL_TIME);
+        let answer = self.client.signal_process(Context::default(), request);
+        let error = match self.call("signal", limit, answer).await {
+            Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. })) => error,
+            answer => return answer,
+        };
+        if request.signal != libc::SIGKILL.unsigned_abs() {
+            return Err(error);
+        }
+        let reason = format!(
+            "killed: the guest did not kill container {} ({error})",
+            request.container_id
+        );
+        log::error!("{reason}");
+        self.vm.kill_because(reason);
+        match tokio::time::timeout(limits::KILL_TIME, self.vm.ended()).await {
+            Ok(end) => Err(Error::Ended((*end).clone())),
+            Err(_) => Err(error),
+        }
+    }
+
     calls! {
         /// Sets up the guest's interfaces.
         configure_network, "network setup", ConfigureNetworkRequest => agent::ConfigureNetworkResponse;
@@ -219,8 +246,6 @@ impl Agent {
         start_container, "container start", StartContainerRequest => agent::StartContainerResponse;
         /// Starts a process in a container.
         exec_process, "process start", ExecProcessRequest => agent::ExecProcessResponse;
-        /// Signals a process.
-        signal_process, "signal", SignalProcessRequest => agent::SignalProcessResponse, within limits::SIGNAL_TIME;
         /// Resizes a terminal.
         resize_terminal, "terminal resize", ResizeTerminalRequest => agent::ResizeTerminalResponse;
         /// Changes limits.

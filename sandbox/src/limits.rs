@@ -21,13 +21,20 @@ pub const EVENT_BACKLOG: usize = 1024;
 pub const MESSAGE_TIME: Duration = Duration::from_secs(10);
 
 /// How long the agent may take over a signal. One that has not answered a SIGKILL by then loses its VM.
-pub const SIGNAL_TIME: Duration = Duration::from_secs(10);
+pub const SIGNAL_TIME: Duration = Duration::from_secs(30);
+
+/// How long a VMM that was killed may take to end.
+pub const KILL_TIME: Duration = Duration::from_secs(5);
 
 /// How long the agent may take over a question that containerd asks about every container in turn.
 pub const QUERY_TIME: Duration = Duration::from_secs(5);
 
 /// The same, for an agent that has let the question before time out: other pods wait for this one's turn to pass.
 pub const LATE_QUERY_TIME: Duration = Duration::from_millis(100);
+
+/// Events of a container's memory running out that are told in a row, and the pause in which one more may come.
+pub const OOM_EVENTS: u32 = 8;
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long the VMM may take over a request. It owes an answer whatever the guest does.
 pub const VMM_TIME: Duration = Duration::from_secs(30);
@@ -106,6 +113,12 @@ pub fn trim_processes(list: &mut ListProcessesResponse, is_known: impl Fn(&str) 
             process.exec_id = String::new();
         }
     }
+}
+
+/// For the events of one container.
+#[must_use]
+pub fn out_of_memory() -> Throttle {
+    Throttle::new(OOM_EVENTS, OOM_INTERVAL)
 }
 
 /// Lets so many through in a row, then so many a second.

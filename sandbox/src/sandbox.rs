@@ -15,7 +15,6 @@ use crate::config::Configuration;
 use crate::error::Error;
 use crate::fault::{self, Step};
 use crate::journal::Journal;
-use crate::limits::Throttle;
 use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
@@ -29,13 +28,14 @@ use crate::vm::{Vm, VmEnd};
 mod boot;
 mod create;
 mod event;
-#[cfg(test)]
-mod hostile_tests;
 mod lifecycle;
 mod network;
 mod requests;
 mod resize;
 mod volumes;
+
+#[cfg(test)]
+mod hostile_tests;
 
 pub use event::{EventSink, SandboxEvent};
 
@@ -50,10 +50,6 @@ const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
 /// How long the guest may take to confirm a SIGKILL before the answer goes without it.
 const KILL_ANSWER: Duration = Duration::from_millis(500);
-
-/// Events of a container's memory running out that are told in a row, and the pause in which one more may come.
-const OOM_EVENTS: u32 = 8;
-const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -174,6 +170,8 @@ struct Record {
     machine: Container,
     is_sandbox: bool,
     deleting: bool,
+    /// How often its memory may run out.
+    oom: crate::limits::Throttle,
     streams: HashMap<String, ProcessStreams>,
     exits: HashMap<String, watch::Sender<Option<Exit>>>,
     execs: HashMap<String, Vec<u8>>,
@@ -185,7 +183,6 @@ struct Record {
     making: Option<tokio::task::JoinHandle<()>>,
     /// Set when its creation is to end.
     cancelled: watch::Sender<bool>,
-    oom: Throttle,
 }
 
 impl Record {
@@ -194,6 +191,7 @@ impl Record {
             machine: Container::new(id),
             is_sandbox,
             deleting: false,
+            oom: crate::limits::out_of_memory(),
             streams: HashMap::new(),
             exits: HashMap::from([(String::new(), watch::Sender::new(None))]),
             execs: HashMap::new(),
@@ -202,7 +200,6 @@ impl Record {
             step: Step::RootMounted,
             making: None,
             cancelled: watch::Sender::new(false),
-            oom: Throttle::new(OOM_EVENTS, OOM_INTERVAL),
         }
     }
 }
@@ -439,17 +436,6 @@ impl Sandbox {
                     Ok(())
                 });
             });
-        }
-    }
-
-    /// A process of a container was killed for lack of memory, says the agent. A guest that says so without an end
-    /// must not push the exits out of the queue to the caller.
-    fn out_of_memory(&self, container: String) {
-        let passes = self.with(&container, |record| {
-            Ok(record.oom.pass(std::time::Instant::now()))
-        });
-        if let Ok(Some(_)) = passes {
-            self.0.sink.event(SandboxEvent::OutOfMemory { container });
         }
     }
 

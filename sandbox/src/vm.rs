@@ -79,7 +79,7 @@ pub enum VmError {
 }
 
 /// How the VM ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VmEnd {
     /// In words.
     pub reason: String,
@@ -265,9 +265,7 @@ impl Vm {
             let status = child.wait().await.unwrap();
             end_sender.send_replace(Some(Arc::new(VmEnd {
                 reason: said.get().cloned().unwrap_or_else(|| status.to_string()),
-                orderly: false,
-                console: String::new(),
-                out_of_memory: false,
+                ..VmEnd::default()
             })));
         });
         Self {

@@ -247,6 +247,17 @@ impl Sandbox {
         }
     }
 
+    /// A process of a container was killed for lack of memory, says the agent. A guest that says so without an end
+    /// must not push the exits out of the queue to the caller.
+    fn out_of_memory(&self, container: String) {
+        let passes = self.with(&container, |record| {
+            Ok(record.oom.pass(std::time::Instant::now()))
+        });
+        if let Ok(Some(_)) = passes {
+            self.0.sink.event(SandboxEvent::OutOfMemory { container });
+        }
+    }
+
     /// Takes the agent's events until the connection ends. Without them exits would be lost, so the VM
     /// does not outlive them.
     pub(super) async fn run_events(self, mut events: Events) {

@@ -142,36 +142,20 @@ impl Sandbox {
         }
     }
 
-    /// Sends SIGKILL. A guest that does not answer cannot keep it from happening: its VM is ended then. The answer does
-    /// not wait for that.
+    /// Sends SIGKILL. The answer does not wait for a guest that is slow to confirm it, nor for the end of the VM of one
+    /// that never does.
     async fn kill(&self, agent: Agent, request: SignalProcessRequest) -> Result<(), Error> {
-        let sandbox = self.clone();
-        let killing = tokio::spawn(async move {
-            let result = agent.signal_process(&request).await;
-            if let Err(error @ (Error::Timeout { .. } | Error::AgentLost { .. })) = &result {
-                let reason = format!(
-                    "killed: the guest did not kill container {} ({error})",
-                    request.container_id
-                );
-                log::error!("sandbox {}: {reason}", sandbox.0.id);
-                if let Some(vm) = sandbox.vm_now() {
-                    vm.kill_because(reason);
-                }
-            }
-            result
-        });
-        match tokio::time::timeout(KILL_ANSWER, killing)
-            .await
-            .map(|joined| joined.map_err(Error::Task))
-        {
-            Err(_) => Ok(()),
-            Ok(Err(error)) => Err(error),
-            Ok(Ok(Err(Error::Agent {
+        let killing = tokio::spawn(async move { agent.signal_process(&request).await });
+        let Ok(joined) = tokio::time::timeout(KILL_ANSWER, killing).await else {
+            return Ok(());
+        };
+        match joined.map_err(Error::Task)? {
+            Err(Error::Agent {
                 kind: Kind::NotFound, ..
-            }))) => Err(Error::Finished),
+            }) => Err(Error::Finished),
             // The machine's end kills better than any signal.
-            Ok(Ok(Err(Error::Ended(_) | Error::Timeout { .. } | Error::AgentLost { .. }))) => Ok(()),
-            Ok(Ok(result)) => result.map(drop),
+            Err(Error::Ended(_)) => Ok(()),
+            result => result.map(drop),
         }
     }
 

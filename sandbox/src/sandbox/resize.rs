@@ -162,7 +162,8 @@ impl Sandbox {
         }
         // With the last container most VMs end: nothing is asked of them. A pod goes on, without its containers' limits.
         if !changed && is_empty {
-            self.limit_cgroup(guest.vm.added_memory()).await;
+            let room = self.0.applied.lock().await.room(guest.vm.added_memory());
+            self.limit_cgroup(room).await;
             return;
         }
         if let Err(error) = self.adjust(&guest, Resize::Fit).await {

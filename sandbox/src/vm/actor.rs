@@ -182,9 +182,7 @@ impl Actor {
         if let Some(reason) = self.verdict.get() {
             return VmEnd {
                 reason: reason.clone(),
-                orderly: false,
-                console: String::new(),
-                out_of_memory: false,
+                ..VmEnd::default()
             };
         }
         let oom = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills) > self.oom_kills_before;
