@@ -15,6 +15,16 @@ mod inside;
 /// MKNOD, SETFCAP.
 const FILE_SERVER: &str = "00000000880000db";
 
+/// Beginnings of the names of what it makes of its own, and of streams.
+const GIVEN: [&str; 6] = [
+    "anon_inode:kvm-vm",
+    "anon_inode:kvm-vcpu:",
+    "anon_inode:[eventfd]",
+    "anon_inode:[eventpoll]",
+    "anon_inode:[timerfd]",
+    "socket:",
+];
+
 /// The VMM of a container that runs with a volume, and what else there is of it.
 struct Running {
     test: Fixture,
@@ -200,10 +210,7 @@ fn the_vmm_holds_what_it_was_given() {
             // Its own descriptors, in a procfs that is mounted nowhere.
             4 => target == "/1/fd",
             _ => {
-                ["anon_inode:kvm-vm", "anon_inode:kvm-vcpu:", "anon_inode:[eventfd]", "anon_inode:[eventpoll]",
-                    "anon_inode:[timerfd]", "socket:"]
-                    .iter()
-                    .any(|kind| target.starts_with(kind))
+                GIVEN.iter().any(|kind| target.starts_with(kind))
                     || target == "/1/fd"
                     || target.ends_with("/dev/net/tun")
                     // The far ends of streams.
