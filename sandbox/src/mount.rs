@@ -199,13 +199,15 @@ fn mount_error(source: &str, kind: &str, target: &Path, errno: Errno) -> MountEr
 /// # Errors
 /// [`MountError`]; nothing is left mounted.
 pub fn perform(request: &Mount, target: &Path) -> Result<(), MountError> {
-    let parsed = parse_options(&request.options)?;
+    let mut parsed = parse_options(&request.options)?;
     if parsed.is_loop {
         return Err(MountError::Option("loop".into()));
     }
     if request.kind == "bind" || parsed.flags.contains(MsFlags::MS_BIND) {
         return bind(Path::new(&request.source), target, &parsed);
     }
+    // As in `attach`. An image can have nodes of the host's devices in it.
+    parsed.flags |= MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let data = parsed.data_string();
     let fail = |errno| mount_error(&request.source, &request.kind, target, errno);
     if data.len() > DATA_LIMIT {

@@ -116,6 +116,8 @@ pub const RULES: &[Rule] = &[
     rule("epoll_create1", libc::SYS_epoll_create1, V | M | F),
     rule("epoll_ctl", libc::SYS_epoll_ctl, V | M | F),
     rule("shutdown", libc::SYS_shutdown, V | M),
+    // Deadlines of connections.
+    rule("timerfd_settime", libc::SYS_timerfd_settime, V | M),
 
     // The end of a thread or of the process; signals that interrupt KVM_RUN.
     rule("rt_sigreturn", libc::SYS_rt_sigreturn, V | M | F),
