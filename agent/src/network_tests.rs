@@ -131,6 +131,17 @@ fn the_kernel_answers() {
 }
 
 proptest! {
+    /// An address is the same on its way from the host's kernel to the guest's.
+    #[test]
+    fn addresses_survive_the_way(v6 in any::<bool>(), bits in any::<u128>(), prefix in 0u8..=128) {
+        let (address, prefix) = match v6 {
+            true => (IpAddr::from(bits.to_be_bytes()), prefix),
+            false => (IpAddr::from((bits as u32).to_be_bytes()), prefix % 33),
+        };
+        let cidr = Cidr { address, prefix };
+        prop_assert_eq!(Cidr::parse(&cidr.to_string()), Some(cidr));
+    }
+
     #[test]
     fn any_reply_parses(data in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = socket::parse(&data);

@@ -20,7 +20,7 @@ use libfuzzer_sys::fuzz_target;
 use protobuf::Message;
 
 /// A message, which is the same when it is sent on.
-fn message<T: Message>(data: &[u8]) -> Option<T> {
+fn message<T: Message + std::fmt::Debug>(data: &[u8]) -> Option<T> {
     let message = T::parse_from_bytes(data).ok()?;
     let again = message.write_to_bytes().expect("it was read");
     // Not byte by byte: maps have no order.

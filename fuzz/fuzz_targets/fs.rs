@@ -269,11 +269,7 @@ impl Guest {
         self.queue.add(&buffers);
         let result = self.server.serve(1);
         for (_, len) in self.queue.take_used() {
-            assert!(
-                len <= first + room,
-                "{len} bytes in a buffer of {}",
-                first + room
-            );
+            assert!(len <= first + room, "{len} bytes in a buffer of {}", first + room);
             let mut reply = vec![0; len as usize];
             self.memory
                 .read_slice(&mut reply, GuestAddress(REPLY))

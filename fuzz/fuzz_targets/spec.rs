@@ -58,7 +58,7 @@ fn sizing(config: &Configuration, spec: &Spec, update: Option<&LinuxResources>) 
     check(&sizing);
     sizing.add("container", Demand::of_container(spec));
     check(&sizing);
-    sizing.guest_cpus("container");
+    let _ = sizing.guest_cpus("container");
     if let Some(update) = update {
         sizing.update("container", update);
         check(&sizing);
@@ -141,7 +141,8 @@ fn in_guest(text: &[u8]) {
     // What libcontainer reads is what was decided.
     let text = serde_json::to_vec(spec).expect("it can be written");
     let again: Spec = json(&text).expect("it was written");
-    assert_eq!(serde_json::to_vec(&again).expect("it can be written"), text);
+    // Not byte by byte: sets of capabilities have no order.
+    assert!(again == *spec);
     let _ = adapt(again, &guest).map(|adapted| assert!(adapted.hostname.is_none()));
 }
 

@@ -28,7 +28,7 @@ pub mod streams;
 pub mod timeline;
 pub mod vm;
 
-pub use bulkhead_protocol::agent::ContainerStatsResponse as ContainerStats;
+pub use bulkhead_protocol::agent::{ContainerStatsResponse as ContainerStats, IoStat};
 pub use error::{Error, Kind};
 pub use process::{Exit, Status};
 pub use sandbox::{

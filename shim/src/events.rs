@@ -316,7 +316,20 @@ async fn try_deliver(
 
 #[cfg(test)]
 mod tests {
+    use proptest::{prop_assert, prop_assert_eq, proptest};
+
     use super::*;
+
+    proptest! {
+        /// The time of an exit is the same in containerd's terms.
+        #[test]
+        fn times_arrive(at_ns in 0..=u64::MAX) {
+            let time = timestamp(at_ns);
+            prop_assert!((0..1_000_000_000).contains(&time.nanos));
+            let seconds = u128::try_from(time.seconds).unwrap_or(u128::MAX);
+            prop_assert_eq!(seconds * 1_000_000_000 + u128::from(time.nanos.unsigned_abs()), u128::from(at_ns));
+        }
+    }
 
     #[test]
     fn type_urls_are_bare_names() {

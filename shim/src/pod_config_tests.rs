@@ -1,7 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
 use bulkhead_sandbox::Role;
+use bulkhead_sandbox::resources::Demand;
 use bulkhead_sandbox::spec::{NetworkNamespace, SpecError, check, network_namespace};
+use proptest::collection::hash_map;
+use proptest::prelude::*;
 use protobuf::Message;
 
 use super::*;
@@ -165,4 +168,49 @@ fn messages_are_read_by_their_numbers() {
     let modes = &config.linux.security_context.namespace_options;
     assert_eq!(modes.pid, NamespaceMode::NODE.into());
     assert!(is_pod("runtime.v1.PodSandboxConfig") && !is_pod("runtime.v1.Other"));
+}
+
+proptest! {
+    /// What CRI says of a pod is read from the specification as if it had come from containerd's own.
+    #[test]
+    fn a_pods_description_arrives(
+        hostname in "[a-z0-9-]{0,20}",
+        annotations in hash_map("[a-z./]{1,12}", ".{0,12}", 0..4),
+        sysctls in hash_map("net\\.[a-z.]{1,12}", "[0-9]{1,6}", 0..4),
+        netns in "(/[a-z0-9]{1,8}){1,3}",
+        [quota, shares, memory] in any::<[u32; 3]>(),
+    ) {
+        let mut config = config(NamespaceOption::default());
+        config.hostname = hostname.clone();
+        config.annotations = annotations.clone();
+        let linux = config.linux.mut_or_insert_default();
+        linux.sysctls = sysctls.clone();
+        linux.resources = Some(LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: quota.into(),
+            cpu_shares: shares.into(),
+            memory_limit_in_bytes: memory.into(),
+            ..Default::default()
+        })
+        .into();
+        // As containerd sends it, and as the sandbox keeps it.
+        let config = PodSandboxConfig::parse_from_bytes(&config.write_to_bytes().unwrap()).unwrap();
+        let written = serde_json::to_vec(&specification("p", &config, &netns).unwrap()).unwrap();
+        let spec: Spec = serde_json::from_slice(&written).unwrap();
+        prop_assert_eq!(network_namespace(&spec).unwrap(), NetworkNamespace::Path(netns.into()));
+        prop_assert_eq!(spec.hostname().as_deref(), Some(hostname.as_str()));
+        let told = spec.annotations().clone().unwrap();
+        prop_assert!(annotations.iter().all(|(name, value)| told.get(name) == Some(value)));
+        let set = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+        prop_assert!(sysctls.iter().all(|(name, value)| set.get(name) == Some(value)));
+        // The same numbers as a container's limits ask for the same.
+        let limits = serde_json::json!({
+            "cpu": {"period": 100_000, "quota": quota, "shares": shares},
+            "memory": {"limit": memory},
+        });
+        let mut demand = Demand::default();
+        demand.update(&serde_json::from_value(limits).unwrap());
+        let says = quota > 0 || memory > 0;
+        prop_assert_eq!(Demand::of_sandbox(&spec), says.then_some(demand));
+    }
 }

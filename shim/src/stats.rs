@@ -120,9 +120,77 @@ fn limit(value: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use std::collections::HashMap;
 
+    use bulkhead_sandbox::IoStat;
+    use proptest::collection::{hash_map, vec};
+    use proptest::prelude::*;
+    use protobuf::{Message, MessageDyn};
+
     use super::*;
+
+    /// Names and values of a message's numbers.
+    fn numbers(message: &dyn MessageDyn) -> HashMap<String, u64> {
+        let descriptor = message.descriptor_dyn();
+        let fields = descriptor.fields().filter(|field| field.is_singular());
+        fields
+            .map(|field| {
+                let value = field.get_singular_field_or_default(message).to_u64().unwrap_or(0);
+                (field.name().to_owned(), value)
+            })
+            .collect()
+    }
+
+    proptest! {
+        /// From the agent's message on its wire to containerd's on its own, every counter of a kernel's file arrives
+        /// under its name.
+        #[test]
+        fn counters_arrive_in_containerd(
+            cpu in hash_map("(usage|user|system|throttled|burst)_usec|nr_(periods|throttled|bursts)", any::<u64>(), 0..8),
+            memory in hash_map("anon|file|slab|sock|shmem|pg(fault|scan|steal)|(in)?active_(anon|file)|thp_fault_alloc",
+                any::<u64>(), 0..10),
+            events in hash_map("low|high|max|oom|oom_kill|oom_group_kill", any::<u64>(), 0..6),
+            singles in any::<[u64; 6]>(),
+            io in vec(any::<([u32; 2], [u64; 4])>(), 0..3),
+        ) {
+            let [memory_current, memory_max, swap_current, swap_max, pids_current, pids_max] = singles;
+            let io = io.into_iter().map(|([major, minor], [rbytes, wbytes, rios, wios])| {
+                IoStat { major, minor, rbytes, wbytes, rios, wios, ..Default::default() }
+            });
+            let sent = ContainerStats {
+                cpu, memory_stat: memory, memory_events: events, memory_current, memory_max, swap_current, swap_max,
+                pids_current, pids_max, io: io.collect(), ..ContainerStats::default()
+            };
+            let stats = ContainerStats::parse_from_bytes(&sent.write_to_bytes().unwrap()).unwrap();
+            prop_assert_eq!(&stats, &sent);
+            let bytes = metrics(&stats, &[]).write_to_bytes().unwrap();
+            let metrics = Metrics::parse_from_bytes(&bytes).unwrap();
+            let groups: [(&dyn MessageDyn, _); 3] = [
+                (&*metrics.cpu, &sent.cpu), (&*metrics.memory, &sent.memory_stat),
+                (&*metrics.memory_events, &sent.memory_events),
+            ];
+            for (message, counters) in groups {
+                let arrived = numbers(message);
+                for (name, value) in counters {
+                    prop_assert_eq!(arrived.get(name), Some(value), "{}", name);
+                }
+            }
+            let memory = &metrics.memory;
+            prop_assert_eq!([memory.usage, memory.usage_limit], [memory_current, memory_max]);
+            prop_assert_eq!([memory.swap_usage, memory.swap_limit], [swap_current, swap_max]);
+            prop_assert_eq!(metrics.pids.current, pids_current);
+            prop_assert_eq!(metrics.io.usage.len(), sent.io.len());
+            for (arrived, sent) in metrics.io.usage.iter().zip(&sent.io) {
+                prop_assert_eq!([arrived.major, arrived.minor], [u64::from(sent.major), u64::from(sent.minor)]);
+                prop_assert_eq!(
+                    [arrived.rbytes, arrived.wbytes, arrived.rios, arrived.wios],
+                    [sent.rbytes, sent.wbytes, sent.rios, sent.wios]
+                );
+            }
+        }
+    }
 
     #[test]
     fn counters_keep_their_meaning() {

@@ -35,7 +35,7 @@ const SANITIZER: &str = "-Zsanitizer=address";
 
 /// Limits of a run: bytes of an input, MiB of one allocation and of all, seconds for one input.
 const LIMITS: [&str; 4] = [
-    "-max_len=4096",
+    "-max_len=8192",
     "-malloc_limit_mb=64",
     "-rss_limit_mb=2048",
     "-timeout=60",

@@ -211,6 +211,39 @@ fn ids() {
 }
 
 proptest! {
+    /// What a guest can give as it is written stays so, also on the way to libcontainer, and a second time.
+    #[test]
+    fn what_needs_no_change_is_kept(
+        args in prop::collection::vec("[^\0]{1,10}", 1..4),
+        env in prop::collection::vec("[A-Z]{1,4}=[^\0]{0,10}", 0..4),
+        cwd in "(/[a-z]{1,5}){1,3}",
+        user in any::<[u32; 2]>(),
+        destinations in prop::collection::vec("(/[a-z]{1,5}){1,3}", 0..4),
+        masked in prop::collection::vec("(/[a-z]{1,5}){1,2}", 0..3),
+    ) {
+        let mounts: Vec<Value> = destinations
+            .iter()
+            .map(|to| json!({"destination": to, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m"]}))
+            .collect();
+        let mut spec = full_spec();
+        spec["process"]["args"] = json!(args);
+        spec["process"]["env"] = json!(env);
+        spec["process"]["cwd"] = json!(cwd);
+        spec["process"]["user"] = json!({"uid": user[0], "gid": user[1], "additionalGids": user});
+        spec["mounts"] = json!(mounts);
+        spec["linux"]["maskedPaths"] = json!(masked);
+        let first = serde_json::to_value(&adapted(spec.clone()).unwrap().spec).unwrap();
+        for field in ["args", "env", "cwd", "user"] {
+            prop_assert_eq!(&first["process"][field], &spec["process"][field]);
+        }
+        prop_assert_eq!(&first["mounts"], &spec["mounts"]);
+        prop_assert_eq!(&first["linux"]["maskedPaths"], &spec["linux"]["maskedPaths"]);
+        let second = serde_json::to_value(&adapted(first.clone()).unwrap().spec).unwrap();
+        prop_assert_eq!(&second["process"]["user"], &first["process"]["user"]);
+        prop_assert_eq!(&second["linux"]["namespaces"], &first["linux"]["namespaces"]);
+        prop_assert_eq!(&second["mounts"], &first["mounts"]);
+    }
+
     #[test]
     fn a_valid_id_names_a_child(id in "\\PC{1,20}") {
         if valid_id(&id) {

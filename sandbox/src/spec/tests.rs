@@ -124,6 +124,50 @@ fn the_network_namespace_is_found() {
 }
 
 proptest! {
+    /// What is about the container and not about the host arrives in the guest as it was written.
+    #[test]
+    fn the_containers_own_is_kept(
+        args in proptest::collection::vec(".{1,10}", 1..4),
+        env in proptest::collection::vec("[A-Z]{1,4}=.{0,10}", 0..4),
+        cwd in "(/[a-z]{1,5}){1,3}",
+        ids in any::<[u32; 2]>(),
+        sysctl in proptest::collection::hash_map("[a-z.]{1,10}", "[0-9]{1,4}", 0..3),
+        limits in any::<(u32, u32, u32)>(),
+        masked in proptest::collection::vec("(/[a-z]{1,5}){1,2}", 0..3),
+    ) {
+        let (memory, quota, pids) = limits;
+        let own = json!({
+            "process": {
+                "user": {"uid": ids[0], "gid": ids[1]}, "args": args, "env": env, "cwd": cwd,
+                "rlimits": [{"type": "RLIMIT_NOFILE", "soft": ids[0], "hard": ids[1]}],
+                "noNewPrivileges": true, "oomScoreAdj": -5,
+            },
+            "linux": {
+                "sysctl": sysctl, "maskedPaths": masked,
+                "resources": {
+                    "memory": {"limit": memory, "swap": memory}, "cpu": {"quota": quota, "cpus": "0-1"},
+                    "pids": {"limit": pids}, "unified": {"memory.high": "5"},
+                    "hugepageLimits": [{"pageSize": "2MB", "limit": memory}],
+                },
+            },
+        });
+        let mut spec = own.clone();
+        spec["ociVersion"] = json!("1.1.0");
+        let (arrived, _) = run(parse(spec)).unwrap();
+        let kept = |part: &Value, whole: &Value| {
+            part.as_object().unwrap().iter().all(|(name, value)| whole.get(name) == Some(value))
+        };
+        prop_assert!(kept(&own["process"], &arrived["process"]), "{arrived}");
+        for part in ["sysctl", "maskedPaths"] {
+            prop_assert_eq!(&arrived["linux"][part], &own["linux"][part]);
+        }
+        let (sent, resources) = (&own["linux"]["resources"], &arrived["linux"]["resources"]);
+        for part in ["memory", "cpu", "pids", "unified"] {
+            prop_assert!(kept(&sent[part], &resources[part]), "{resources}");
+        }
+        prop_assert_eq!(&resources["hugepageLimits"], &sent["hugepageLimits"]);
+    }
+
     /// Every bind mount gets the source that stands for it, and no other.
     #[test]
     fn volumes_get_their_sources(names in proptest::collection::vec("[a-z.]{1,6}", 0..10)) {
