@@ -134,6 +134,14 @@ fn an_agent_that_is_killed_in_the_guest_is_told_with_its_reason() {
     drop(events);
 }
 
+/// Memory that the process has in use.
+fn resident_mib(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}
+
 #[test]
 fn an_out_of_memory_kill_of_the_vmm_by_the_host_is_told_as_one() {
     let test = fixture("host-oom");
@@ -144,7 +152,13 @@ fn an_out_of_memory_kill_of_the_vmm_by_the_host_is_told_as_one() {
     let vmm = vmm_of(&test, &id);
     let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).unwrap();
     let cgroup = Path::new("/sys/fs/cgroup").join(cgroup.trim().trim_start_matches("0::/"));
-    shell(&format!("echo 20M > {}/memory.max", cgroup.display()));
+    // Less than the VMM has, and more than the shim.
+    assert!(
+        wait_until(config().seconds(20), || resident_mib(vmm) > 130),
+        "{}",
+        resident_mib(vmm)
+    );
+    shell(&format!("echo 80M > {}/memory.max", cgroup.display()));
     let end = end_of(&test, &events, &id, vmm);
     assert_eq!(end.status, 137);
     assert!(
