@@ -120,15 +120,19 @@ fn ignore_signals() {
     }
 }
 
-/// One more than containerd's, so that the kernel prefers neither the one nor a pod's VM over this small
-/// process.
+/// What containerd gives to shims where it runs as a service: only itself is killed later.
+const OOM_SCORE_ADJ: i32 = -998;
+
+/// The kernel is to kill the pod's VM before this small process, which says why the VM has ended, and containerd after
+/// both. Without the power to lower it, it is one more than containerd's.
 fn set_oom_score_adj() {
     let path = "/proc/self/oom_score_adj";
     let inherited: Option<i32> = fs::read_to_string(path)
         .ok()
         .and_then(|text| text.trim().parse().ok());
-    if let Some(score) = inherited {
-        let _ = fs::write(path, (score + 1).min(1000).to_string());
+    let next = inherited.map_or(OOM_SCORE_ADJ, |score| (score + 1).min(1000));
+    if fs::write(path, next.min(OOM_SCORE_ADJ).to_string()).is_err() {
+        let _ = fs::write(path, next.to_string());
     }
 }
 

@@ -95,7 +95,7 @@ fn a_panic_of_the_guests_kernel_is_told_with_its_reason() {
     let end = end_of(&test, &events, &id, vmm_of(&test, &id));
     assert_eq!(end.status, 137);
     assert!(
-        end.reason.contains("guest kernel panicked") && end.reason.contains("out of memory"),
+        end.reason.contains("guest kernel panicked") && end.reason.contains("Out of memory"),
         "{}",
         end.reason
     );
@@ -109,23 +109,19 @@ fn an_agent_that_is_killed_in_the_guest_is_told_with_its_reason() {
     let test = fixture("agent-killed");
     let events = follow(&test);
     // The guest's kernel gives out no more memory: the agent aborts when it needs some, and it is the guest's init.
-    let script = "sleep 3; cd /proc/sys/vm; echo 0 > admin_reserve_kbytes; echo 0 > user_reserve_kbytes; \
-        echo 1 > overcommit_kbytes; echo 2 > overcommit_memory; exec sleep 1000";
+    let script = "cd /proc/sys/vm; echo 0 > admin_reserve_kbytes; echo 0 > user_reserve_kbytes; \
+        echo 1 > overcommit_kbytes; echo 2 > overcommit_memory";
     let id = test
-        .busybox("a", &["sh", "-c", script])
+        .busybox("a", &["sleep", "1000"])
         .with(&["--privileged", "--privileged-without-host-devices"])
         .detach();
     let vmm = vmm_of(&test, &id);
-    std::thread::sleep(Duration::from_secs(4));
-    // It may have needed some before.
     let long = "x".repeat(100_000);
     let arguments: Vec<&str> = std::iter::repeat_n(long.as_str(), 16).collect();
-    let exec = [
-        &["tasks", "exec", "--exec-id", "long", &id, "true"],
-        &arguments[..],
-    ]
-    .concat();
-    let _ = test.ctr(&exec);
+    // It may need some as soon as the first process ends, or else for the second one's arguments.
+    for (exec, command) in [("limit", &["sh", "-c", script][..]), ("long", &arguments)] {
+        let _ = test.ctr(&[&["tasks", "exec", "--exec-id", exec, &id], command].concat());
+    }
     let end = end_of(&test, &events, &id, vmm);
     assert_eq!(end.status, 137);
     assert!(
@@ -138,6 +134,14 @@ fn an_agent_that_is_killed_in_the_guest_is_told_with_its_reason() {
     drop(events);
 }
 
+/// Memory that the process has in use.
+fn resident_mib(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}
+
 #[test]
 fn an_out_of_memory_kill_of_the_vmm_by_the_host_is_told_as_one() {
     let test = fixture("host-oom");
@@ -148,7 +152,13 @@ fn an_out_of_memory_kill_of_the_vmm_by_the_host_is_told_as_one() {
     let vmm = vmm_of(&test, &id);
     let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).unwrap();
     let cgroup = Path::new("/sys/fs/cgroup").join(cgroup.trim().trim_start_matches("0::/"));
-    shell(&format!("echo 20M > {}/memory.max", cgroup.display()));
+    // Less than the VMM has, and more than the shim.
+    assert!(
+        wait_until(config().seconds(20), || resident_mib(vmm) > 130),
+        "{}",
+        resident_mib(vmm)
+    );
+    shell(&format!("echo 80M > {}/memory.max", cgroup.display()));
     let end = end_of(&test, &events, &id, vmm);
     assert_eq!(end.status, 137);
     assert!(
