@@ -23,6 +23,7 @@ mod containers;
 mod ends;
 mod forward;
 mod guest;
+mod guest_limits;
 mod host_files;
 mod host_mounts;
 mod interfaces;
