@@ -29,6 +29,7 @@ mod host_mounts;
 mod interfaces;
 mod network;
 mod node;
+mod nri;
 mod resources;
 mod sandbox;
 mod scale;
