@@ -116,6 +116,12 @@ impl Containerd {
         Client::new(self.directory.join("containerd.sock"))
     }
 
+    /// Its socket for plugins of the Node Resource Interface.
+    #[must_use]
+    pub fn nri_socket(&self) -> PathBuf {
+        self.directory.join(settings::NRI_SOCKET)
+    }
+
     /// Ends containerd by a signal and starts it again; containers go on.
     ///
     /// # Panics

@@ -13,6 +13,7 @@ pub mod host;
 pub mod image;
 pub mod leak;
 pub mod log;
+pub mod nri;
 pub mod pattern;
 pub mod pod;
 pub mod session;

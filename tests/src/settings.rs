@@ -12,6 +12,8 @@ use crate::session::Session;
 pub const BRIDGE: &str = "bulkhead-pods";
 /// The pods' IPv4 network; the bridge has the first address.
 pub const NETWORK: &str = "10.251.0.0/16";
+/// Socket of containerd for plugins of NRI, in its directory, once [`enable_nri`] has been called.
+pub const NRI_SOCKET: &str = "nri.sock";
 /// Configuration of the handler `kata-sized`, and its most vCPUs.
 const SIZED: &str = "sized.json";
 /// See [`cri`].
@@ -69,6 +71,29 @@ pub fn cri(directory: &Path, version: &str) -> String {
          [{plugin}.cni]\n  bin_dirs = [\"{cni}\"]\n  conf_dir = \"{conf}\"\n\
          {handlers}"
     )
+}
+
+/// Changes containerd's configuration so that plugins of the Node Resource Interface can connect after its next start;
+/// the configuration as it was.
+///
+/// # Panics
+/// If there is no configuration.
+pub fn enable_nri(directory: &Path) -> String {
+    let file = directory.join("config.toml");
+    let before = fs::read_to_string(&file).expect("a configuration");
+    let limit = config().seconds(5).as_secs();
+    let directory = directory.display();
+    let section = "[plugins.\"io.containerd.nri.v1.nri\"]\n";
+    let enabled = format!(
+        "{section}  disable = false\n  disable_connections = false\n  \
+         socket_path = \"{directory}/{NRI_SOCKET}\"\n  plugin_path = \"{directory}/nri\"\n  \
+         plugin_config_path = \"{directory}/nri\"\n  plugin_registration_timeout = \"{limit}s\"\n  \
+         plugin_request_timeout = \"{limit}s\"\n"
+    );
+    let after = before.replace(&format!("{section}  disable = true\n"), &enabled);
+    assert_ne!(before, after, "NRI is not disabled");
+    fs::write(file, after).expect("a file");
+    before
 }
 
 fn is_1(version: &str) -> bool {

@@ -2,6 +2,7 @@
 //! thing and says how it went; it exits with 1 and a message on standard error when that failed.
 
 mod files;
+mod limits;
 mod network;
 mod report;
 mod volumes;
@@ -46,6 +47,10 @@ fn run(arguments: &[&str]) -> Outcome {
         ["huge", file, pages] => volumes::huge(file.as_ref(), pages.parse()?)?,
         ["watch", directory] => volumes::watch(directory.as_ref())?,
         ["allocate", mib] => allocate(mib.parse()?)?,
+        ["bomb"] => limits::bomb()?,
+        ["fork", most] => println!("{}", limits::many(most.parse()?)?),
+        ["fill", file, mib] => println!("{}", limits::fill(file.as_ref(), mib.parse()?)?),
+        ["pin", processor] => println!("{}", limits::pin(processor.parse()?)?),
         ["trap", children] => trap(children.parse()?)?,
         ["count", address] => network::count(address)?,
         ["send", address, length] => network::send(address, length.parse()?)?,
