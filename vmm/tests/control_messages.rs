@@ -22,15 +22,11 @@ fn net() -> impl Strategy<Value = Net> {
 }
 
 fn share() -> impl Strategy<Value = Share> {
-    (".{0,40}", fd(), fd()).prop_map(|(tag, root, proc_self_fd)| Share {
-        tag,
-        root,
-        proc_self_fd,
-    })
+    ".{0,40}".prop_map(|tag| Share { tag })
 }
 
 fn config() -> impl Strategy<Value = VmConfig> {
-    let size = (any::<[u32; 5]>(), any::<[u8; 2]>(), any::<[bool; 2]>());
+    let size = (any::<[u32; 5]>(), any::<[u8; 2]>(), any::<[bool; 3]>());
     let places = (fd(), fd(), fd(), ".{0,60}");
     let disks = vec((any::<u32>(), disk()), 0..4);
     let listeners = vec((any::<u32>(), fd()), 0..4);
@@ -70,6 +66,7 @@ fn config() -> impl Strategy<Value = VmConfig> {
                     share,
                     vsock_listeners,
                     balloon: flags[1],
+                    seccomp: flags[2],
                 }
             },
         )
