@@ -120,11 +120,12 @@ fn ignore_signals() {
     }
 }
 
-/// What containerd gives to shims where it runs as a service: only itself is killed later.
-const OOM_SCORE_ADJ: i32 = -998;
+/// Never killed for lack of memory: in a cgroup whose VM has been, the kernel takes this process next when the memory is not
+/// back at once.
+const OOM_SCORE_ADJ: i32 = -1000;
 
-/// The kernel is to kill the pod's VM before this small process, which says why the VM has ended, and containerd after
-/// both. Without the power to lower it, it is one more than containerd's.
+/// The kernel is to kill the pod's VM and not this small process, which says why the VM has ended. Without the power for
+/// that, it is one more than containerd's.
 fn set_oom_score_adj() {
     let path = "/proc/self/oom_score_adj";
     let inherited: Option<i32> = fs::read_to_string(path)
