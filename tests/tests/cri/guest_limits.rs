@@ -143,7 +143,7 @@ fn a_container_gets_no_more_processor_time_than_its_quota() {
         .probe("main", &["tick"])
         .resources(|resources| {
             resources.cpu_period = 100_000;
-            resources.cpu_quota = 20_000;
+            resources.cpu_quota = 50_000;
         })
         .start();
     let of = |key: &str| counter(&main, "cpu.stat", key);
@@ -152,9 +152,9 @@ fn a_container_gets_no_more_processor_time_than_its_quota() {
     let burnt = main.exec(&["/probe", "burn", "2000"]);
     assert_eq!(burnt.code, 0);
     let used = of("usage_usec") - before;
-    // 400 ms, and what the commands around it take in theirs.
-    assert!(used < 1_400_000, "{used} µs");
-    assert!(of("nr_throttled") - throttled >= 10, "{}", own(&main, "cpu.stat"));
+    // One second, and what the commands around it take in theirs.
+    assert!(used < 1_800_000, "{used} µs");
+    assert!(of("nr_throttled") - throttled >= 5, "{}", own(&main, "cpu.stat"));
     pod.remove().unwrap();
 }
 
