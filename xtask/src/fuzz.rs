@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use crate::cache::{self, Key};
 use crate::cargo;
 use crate::packages;
 use crate::progress::Progress;
@@ -118,6 +119,7 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     };
     let progress = Progress::new(1 + chosen.len());
     let programs = build(&progress)?;
+    println!("programs: {}", programs.display());
     let mut clean = true;
     let mut table = String::new();
     for target in &chosen {
@@ -156,7 +158,12 @@ pub fn targets() -> Result<Vec<String>> {
 pub fn build(progress: &Progress) -> Result<PathBuf> {
     progress.step("fuzz targets", |_| {
         packages::ensure(packages::PROGRAMS)?;
-        let folder = workspace::path("target/fuzz");
+        // The dependencies take minutes, so they are kept for the next clone.
+        let key = Key::new()
+            .with_file(&workspace::path("fuzz/Cargo.lock"))?
+            .with_file(&workspace::path("fuzz/Cargo.toml"))?
+            .text();
+        let folder = cache::directory("fuzz")?.join(key);
         let mut flags = FLAGS.join(" ");
         if has_sanitizer()? {
             flags = format!("{flags} {SANITIZER}");

@@ -324,7 +324,9 @@ fn a_sandbox_lives_through_all_its_calls() {
     assert_eq!(refusal(sandbox.ping()).0, Code::UNAVAILABLE);
     sandbox.stop();
     sandbox.shut_down();
-    assert!(!host::is_alive(i32::try_from(started.pid).unwrap()));
+    // The answer comes first.
+    let pid = i32::try_from(started.pid).unwrap();
+    assert!(wait_until(config().seconds(2), || !host::is_alive(pid)));
 }
 
 #[test]
