@@ -295,8 +295,16 @@ mod tests {
     fn every_test_of_the_table_exists() {
         let mut found = BTreeSet::new();
         for suite in ["integration", "cri"] {
-            for file in fs::read_dir(workspace::path("tests/tests").join(suite)).unwrap() {
-                found.extend(tests_of(&fs::read_to_string(file.unwrap().path()).unwrap()));
+            let mut folders = vec![workspace::path("tests/tests").join(suite)];
+            while let Some(folder) = folders.pop() {
+                for entry in fs::read_dir(folder).unwrap() {
+                    let path = entry.unwrap().path();
+                    if path.is_dir() {
+                        folders.push(path);
+                    } else {
+                        found.extend(tests_of(&fs::read_to_string(path).unwrap()));
+                    }
+                }
             }
         }
         let table = table();
