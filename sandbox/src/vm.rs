@@ -246,9 +246,12 @@ impl Vm {
     }
 
     /// A process that does nothing in the VMM's place, and answers to every request.
-    #[cfg(test)]
+    ///
+    /// # Panics
+    /// It cannot be started.
+    #[cfg(any(test, fuzzing))]
     #[allow(clippy::unwrap_used)]
-    pub(crate) fn fake() -> Self {
+    pub fn fake() -> Self {
         let mut command = tokio::process::Command::new("sleep");
         let mut child = command.arg("1000").kill_on_drop(true).spawn().unwrap();
         let pid = i32::try_from(child.id().unwrap()).unwrap();
