@@ -73,7 +73,13 @@ fn a_plugin_changes_containers_and_hears_of_them() {
     let seen = main
         .sh("echo $FROM_PLUGIN; cat /plugin/file; touch /plugin/new || echo read-only; cat /proc/1/oom_score_adj")
         .stdout;
-    assert_eq!(seen, "yes\nput here by a plugin\nread-only\n123\n");
+    // NRI of containerd 1 knows no such adjustment.
+    let score = if test.containerd.version.starts_with("1.") {
+        0
+    } else {
+        123
+    };
+    assert_eq!(seen, format!("yes\nput here by a plugin\nread-only\n{score}\n"));
     let limits = "cd /sys/fs/cgroup; cat memory.max pids.max";
     assert_eq!(main.sh(limits).text(), format!("{}\n77\n", 96 << 20));
     // One that was there before is as it was, until the plugin changes it.
