@@ -37,9 +37,9 @@ fn drain(events: &Events) -> Vec<(String, u32)> {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let subscription = events.subscribe().unwrap();
+        let subscription = events.subscribe();
         let mut seen = Vec::new();
-        while let Ok(event) = tokio::time::timeout(Duration::ZERO, subscription.next()).await {
+        while let Ok(Some(event)) = tokio::time::timeout(Duration::ZERO, subscription.next()).await {
             if let Event::Exited { exec, exit, .. } = event {
                 seen.push((exec, exit.status));
             }

@@ -12,6 +12,7 @@ use crate::network::NetworkError;
 use crate::network::forward::ForwardError;
 use crate::network::plug::PlugError;
 use crate::processors::ProcessorError;
+use crate::resume::ResumeError;
 use crate::sandbox::SandboxError;
 use crate::streams::StreamError;
 
@@ -21,6 +22,21 @@ pub enum Error {
     /// The host speaks another version of the protocol.
     #[error("protocol version {0} is not supported, this agent speaks {1}")]
     Version(u32, u32),
+    /// A call on a connection that had no first call.
+    #[error("the connection has had no Hello")]
+    NotGreeted,
+    /// A call on a further connection that had no first call.
+    #[error("the guest has lost its connection and has had no Resume since")]
+    NotResumed,
+    /// A call that would change something.
+    #[error("the guest is frozen for a checkpoint")]
+    Frozen,
+    /// Calls that do not end.
+    #[error("{0} calls are still being carried out")]
+    Busy(usize),
+    /// What differs from other guests could not be set.
+    #[error("cannot resume")]
+    Resume(#[source] ResumeError),
     /// A field of the request has a value that makes no sense.
     #[error("invalid {field}: {value:?}")]
     Invalid {
@@ -66,12 +82,19 @@ pub enum Error {
     /// A second `SetupSandbox`.
     #[error("the sandbox is set up already")]
     SandboxExists,
+    /// The process was started without that stream.
+    #[error("process {exec:?} of container {id:?} has no {stream}")]
+    NoStream {
+        /// Container.
+        id: String,
+        /// Process.
+        exec: String,
+        /// The stream.
+        stream: &'static str,
+    },
     /// The process has no terminal.
     #[error("process {1:?} of container {0:?} has no terminal")]
     NoTerminal(String, String),
-    /// Another call is reading events.
-    #[error("events have a subscriber already")]
-    Subscribed,
     /// The creation of a container failed.
     #[error("cannot create container {id:?}")]
     Create {
@@ -148,10 +171,14 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Self::Version(..)
+            | Self::NotGreeted
+            | Self::NotResumed
+            | Self::Frozen
+            | Self::Busy(_)
+            | Self::NoStream { .. }
             | Self::State { .. }
             | Self::SandboxExists
-            | Self::NoTerminal(..)
-            | Self::Subscribed => Code::FAILED_PRECONDITION,
+            | Self::NoTerminal(..) => Code::FAILED_PRECONDITION,
             Self::Invalid { .. } | Self::Json { .. } | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Processors(ProcessorError::Count { .. }) => Code::INVALID_ARGUMENT,
             Self::NoContainer(_) | Self::NoProcess(..) => Code::NOT_FOUND,
@@ -165,7 +192,9 @@ impl Error {
             Self::Sandbox(SandboxError::Sysctl(..) | SandboxError::SysctlName(_)) => Code::INVALID_ARGUMENT,
             Self::Forward(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Forward(ForwardError::Connect { .. }) => Code::UNAVAILABLE,
+            Self::Resume(error) if error.is_argument() => Code::INVALID_ARGUMENT,
             Self::Job(_)
+            | Self::Resume(_)
             | Self::Streams(_)
             | Self::Cgroup(_)
             | Self::Network(_)

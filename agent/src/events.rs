@@ -32,7 +32,8 @@ pub enum Event {
 #[derive(Debug, Default)]
 struct Queue {
     events: VecDeque<Event>,
-    subscribed: bool,
+    /// Number of the last subscriber.
+    subscriber: u64,
 }
 
 #[derive(Debug, Default)]
@@ -61,40 +62,51 @@ impl Events {
         self.0.added.notify_one();
     }
 
-    /// Becomes the one subscriber, or nothing if there is one.
-    pub fn subscribe(&self) -> Option<Subscription> {
+    /// Becomes the one subscriber. The one before may belong to a connection that is no more, which nobody tells it.
+    pub fn subscribe(&self) -> Subscription {
         let mut queue = self.queue();
-        let free = !std::mem::replace(&mut queue.subscribed, true);
-        free.then(|| Subscription(self.clone()))
+        queue.subscriber += 1;
+        // None of those that wait takes the notice of an event from this one.
+        self.0.added.notify_waiters();
+        Subscription {
+            events: self.clone(),
+            number: queue.subscriber,
+        }
     }
 }
 
-/// The right to take events; given back when dropped.
+/// The right to take events, until another one has it.
 #[derive(Debug)]
-pub struct Subscription(Events);
+pub struct Subscription {
+    events: Events,
+    number: u64,
+}
 
 impl Subscription {
     /// The oldest event, left in the queue until [`Subscription::sent`]: one that could not be sent is there for
-    /// the next subscriber.
-    pub async fn next(&self) -> Event {
+    /// the next subscriber. `None` once there is a later one.
+    pub async fn next(&self) -> Option<Event> {
         loop {
-            let added = self.0.0.added.notified();
-            if let Some(event) = self.0.queue().events.front() {
-                return event.clone();
+            let added = self.events.0.added.notified();
+            {
+                let queue = self.events.queue();
+                if queue.subscriber != self.number {
+                    return None;
+                }
+                if let Some(event) = queue.events.front() {
+                    return Some(event.clone());
+                }
             }
             added.await;
         }
     }
 
-    /// Drops the event that [`Subscription::next`] returned.
+    /// Drops the event that [`Subscription::next`] returned, unless a later subscriber has got it as well.
     pub fn sent(&self) {
-        self.0.queue().events.pop_front();
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        self.0.queue().subscribed = false;
+        let mut queue = self.events.queue();
+        if queue.subscriber == self.number {
+            queue.events.pop_front();
+        }
     }
 }
 
@@ -151,18 +163,26 @@ mod tests {
         let events = Events::default();
         events.push(exited(1));
         events.push(exited(2));
-        {
-            let subscription = events.subscribe().unwrap();
-            assert!(events.subscribe().is_none());
-            assert_eq!(subscription.next().await, exited(1));
-            subscription.sent();
-            assert_eq!(subscription.next().await, exited(2));
-        }
-        let subscription = events.subscribe().unwrap();
-        assert_eq!(subscription.next().await, exited(2));
-        subscription.sent();
-        let (event, ()) = tokio::join!(subscription.next(), async { events.push(exited(3)) });
-        assert_eq!(event, exited(3));
+        let first = events.subscribe();
+        assert_eq!(first.next().await, Some(exited(1)));
+        first.sent();
+        assert_eq!(first.next().await, Some(exited(2)));
+        let second = events.subscribe();
+        // Too late: it may not have arrived.
+        first.sent();
+        assert_eq!(first.next().await, None);
+        assert_eq!(second.next().await, Some(exited(2)));
+        second.sent();
+        let (event, ()) = tokio::join!(second.next(), async { events.push(exited(3)) });
+        assert_eq!(event, Some(exited(3)));
+        second.sent();
+        // One that waits makes room for the next, which hears of what comes.
+        let third = async {
+            let third = events.subscribe();
+            events.push(exited(4));
+            third.next().await
+        };
+        assert_eq!(tokio::join!(second.next(), third), (None, Some(exited(4))));
     }
 
     #[tokio::test(flavor = "current_thread")]
@@ -174,9 +194,9 @@ mod tests {
             events.push(oom("b"));
         }
         events.push(exited(1));
-        let subscription = events.subscribe().unwrap();
+        let subscription = events.subscribe();
         for expected in [oom("a"), oom("b"), exited(1)] {
-            assert_eq!(subscription.next().await, expected);
+            assert_eq!(subscription.next().await, Some(expected));
             subscription.sent();
         }
         assert!(events.queue().events.is_empty());

@@ -43,9 +43,17 @@ impl AsyncFile {
     /// # Errors
     /// Those of write(2) but `EAGAIN` and `EINTR`.
     pub async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
+        self.write_some(&mut data).await
+    }
+
+    /// Writes all bytes; `data` becomes what is still to be written.
+    ///
+    /// # Errors
+    /// Those of write(2) but `EAGAIN` and `EINTR`.
+    pub async fn write_some(&self, data: &mut &[u8]) -> io::Result<()> {
         while !data.is_empty() {
             let written = std::future::poll_fn(|cx| self.poll_write_from(cx, data)).await?;
-            data = data.get(written..).unwrap_or_default();
+            *data = data.get(written..).unwrap_or_default();
         }
         Ok(())
     }
@@ -82,6 +90,17 @@ impl AsyncFile {
     /// Those of epoll.
     pub async fn writable(&self) -> io::Result<()> {
         self.0.writable().await.map(|mut guard| guard.retain_ready())
+    }
+
+    /// Waits until the descriptor is in error. A vsock connection that a transport reset ends is that and nothing else:
+    /// whoever waits for something to read is not woken.
+    pub async fn failed(&self) {
+        while let Ok(mut guard) = self.0.ready(Interest::ERROR).await {
+            if guard.ready().is_error() {
+                return;
+            }
+            guard.clear_ready();
+        }
     }
 
     /// Tells the peer of a socket that no more data follows; other kinds are left alone.
@@ -196,6 +215,22 @@ mod tests {
         }
         writer.await.unwrap().unwrap();
         assert_eq!(got, data);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn failure_is_noticed_where_nothing_is_readable() {
+        // The write end of a pipe that nobody reads shows what a reset vsock socket does: an error, and writable.
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let write = AsyncFile::new(write).unwrap();
+        write.writable().await.unwrap();
+        let short = std::time::Duration::from_millis(20);
+        assert!(tokio::time::timeout(short, write.failed()).await.is_err());
+        let (failed, ()) = tokio::join!(
+            tokio::time::timeout(std::time::Duration::from_secs(30), write.failed()),
+            async { drop(read) }
+        );
+        failed.unwrap();
+        assert!(tokio::time::timeout(short, write.readable()).await.is_err());
     }
 
     #[test]

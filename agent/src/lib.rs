@@ -1,13 +1,16 @@
 //! `bulkhead-agent`: init process and container runtime of a Bulkhead guest.
 //!
 //! The agent is PID 1 of a guest with nothing else in its image. It dials the host on vsock port 1024 and serves
-//! `agent.proto` on that one connection. It has one thread: what may block runs in helper processes ([`job`]).
+//! `agent.proto` on that connection, and on the next one when it ends. It has one thread: what may block runs in helper processes ([`job`]).
 
 pub mod cgroup;
+pub mod checkpoint;
+pub mod connection;
 pub mod container;
 pub mod error;
 pub mod events;
 pub mod fd;
+pub mod gate;
 pub mod init;
 pub mod job;
 pub mod kmsg;
@@ -15,6 +18,7 @@ pub mod network;
 pub mod power;
 pub mod processors;
 pub mod reaper;
+pub mod resume;
 pub mod sandbox;
 pub mod service;
 pub mod storage;
@@ -26,13 +30,11 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::create_agent;
 use bulkhead_protocol::ports;
-use futures::{StreamExt, stream};
 use tokio::sync::Notify;
-use ttrpc::r#async::transport::Listener;
 
 use crate::container::Containers;
 use crate::error::chain;
-use crate::fd::AsyncFile;
+use crate::gate::Gate;
 use crate::init::InitError;
 use crate::reaper::Reaper;
 use crate::service::{BootTimes, Service, uptime_us};
@@ -87,26 +89,22 @@ pub fn serve(
         let reaper = Reaper::default();
         reaper.start().map_err(ServeError::Children)?;
         let shutdown = Arc::new(Notify::new());
-        let containers = Containers::new(reaper, host);
+        let gate = Arc::new(Gate::default());
+        let containers = Containers::new(reaper, host.clone());
         let boot = BootTimes {
             main: main_uptime_us,
             ready: uptime_us(),
         };
-        let service = Service::new(containers, boot, Arc::clone(&shutdown));
+        let service = Service::new(containers, boot, Arc::clone(&gate), Arc::clone(&shutdown));
+        let methods = gate::guard(create_agent(Arc::new(service)), &gate);
         let mut server = ttrpc::r#async::Server::new()
-            .add_listener(one_connection(connection))
-            .register_service(create_agent(Arc::new(service)));
+            .add_listener(connection::successive(connection, host, gate))
+            .register_service(methods);
         server.start().await.map_err(ServeError::Serve)?;
         shutdown.notified().await;
         tokio::time::sleep(LAST_WORDS).await;
         Ok(())
     })
-}
-
-/// A listener that accepts one connection and then nothing.
-fn one_connection(connection: AsyncFile) -> Listener {
-    let first = stream::once(async { Ok(connection) });
-    Listener::new(first.chain(stream::pending::<io::Result<AsyncFile>>()))
 }
 
 /// PID 1: sets the guest up, serves, and switches the guest off, whatever happens.

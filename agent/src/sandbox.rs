@@ -158,7 +158,8 @@ fn write_files(files: &HashMap<String, Vec<u8>>) -> Result<(), SandboxError> {
         let path = Path::new(FILES).join(name);
         |source| SandboxError::File(path, source)
     };
-    fs::create_dir(FILES).map_err(fail(""))?;
+    // A resume may have made it for the machine id.
+    fs::create_dir_all(FILES).map_err(fail(""))?;
     for (name, content) in files {
         if !valid_id(name) {
             return Err(SandboxError::FileName(name.clone()));

@@ -10,10 +10,13 @@ use nix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
+use crate::checkpoint::Checkpoint;
 use crate::container::spec::valid_path;
 use crate::container::{Containers, control};
 use crate::error::{Error, chain};
+use crate::gate::Gate;
 use crate::job::Job;
+use crate::resume::Resume;
 use crate::storage::SHARED;
 use crate::storage::volumes::{Create, Remove, Version};
 use crate::{network, power, processors, sandbox};
@@ -42,19 +45,35 @@ pub struct Service {
     boot: BootTimes,
     /// Set up once; what of it waits for the network.
     sandbox: Mutex<Option<sandbox::Pending>>,
+    gate: Arc<Gate>,
+    checkpoint: Arc<Checkpoint>,
     shutdown: Arc<Notify>,
 }
 
 impl Service {
-    /// A service; `shutdown` is notified when the guest is to be switched off.
-    pub fn new(containers: Arc<Containers>, boot: BootTimes, shutdown: Arc<Notify>) -> Self {
+    /// A service behind `gate`; `shutdown` is notified when the guest is to be switched off.
+    pub fn new(containers: Arc<Containers>, boot: BootTimes, gate: Arc<Gate>, shutdown: Arc<Notify>) -> Self {
         Self {
+            checkpoint: Checkpoint::new(containers.reaper.clone(), Arc::clone(&gate)),
             containers,
             boot,
             sandbox: Mutex::new(None),
+            gate,
             shutdown,
         }
     }
+}
+
+fn check_version(version: u32) -> Result<(), Error> {
+    if version == VERSION {
+        return Ok(());
+    }
+    Err(Error::Version(version, VERSION))
+}
+
+fn kernel_release() -> Result<String, Error> {
+    let system = nix::sys::utsname::uname().map_err(|e| Error::io("cannot read the kernel's release")(e))?;
+    Ok(system.release().to_string_lossy().into_owned())
 }
 
 /// How long a call that starts something may take if the host does not say: longer than a host waits.
@@ -68,17 +87,23 @@ fn limit(context: &TtrpcContext) -> Duration {
     }
 }
 
-/// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
-async fn detached<T: Send + 'static>(
-    work: impl Future<Output = Result<T, Error>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    match tokio::spawn(work).await {
-        Ok(result) => Ok(result?),
-        Err(error) => Err(ttrpc::Error::Others(error.to_string())),
-    }
-}
-
 impl Service {
+    /// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        let working = self.gate.work();
+        let work = async move {
+            let _working = working;
+            work.await
+        };
+        match tokio::spawn(work).await {
+            Ok(result) => Ok(result?),
+            Err(error) => Err(ttrpc::Error::Others(error.to_string())),
+        }
+    }
+
     /// Works on a volume in a helper process: files of the host and memory can take their time.
     async fn volume_job(
         &self,
@@ -88,7 +113,7 @@ impl Service {
     ) -> ttrpc::Result<()> {
         let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        detached(async move {
+        self.detached(async move {
             let mut job = Job::spawn(&containers.reaper, name, &[], move |_| work())?;
             job.finish(limit).await?;
             Ok(())
@@ -115,16 +140,35 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: proto::HelloRequest,
     ) -> ttrpc::Result<proto::HelloResponse> {
-        if request.version != VERSION {
-            return Err(Error::Version(request.version, VERSION).into());
-        }
-        let system =
-            nix::sys::utsname::uname().map_err(|e| Error::io("cannot read the kernel's release")(e))?;
+        check_version(request.version)?;
+        self.gate.hello()?;
         Ok(proto::HelloResponse {
             version: VERSION,
-            kernel_release: system.release().to_string_lossy().into_owned(),
+            kernel_release: kernel_release()?,
             main_uptime_us: self.boot.main,
             ready_uptime_us: self.boot.ready,
+            ..Default::default()
+        })
+    }
+
+    // Without a pause in it: whatever was sent after it is carried out after it.
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ResumeRequest,
+    ) -> ttrpc::Result<proto::ResumeResponse> {
+        check_version(request.version)?;
+        let resume = Resume::new(&request).map_err(Error::Resume)?;
+        let session = resume.run().map_err(Error::Resume)?;
+        let change = self.gate.resumed();
+        Ok(proto::ResumeResponse {
+            version: VERSION,
+            kernel_release: kernel_release()?,
+            lost_uptime_us: change.lost,
+            ready_uptime_us: change.ready,
+            resumed_uptime_us: uptime_us(),
+            session_id: session.id,
+            frozen: self.checkpoint.is_frozen(),
             ..Default::default()
         })
     }
@@ -185,7 +229,9 @@ impl Agent for Service {
         }
         let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        let pid = detached(async move { containers.create(request, limit).await }).await?;
+        let pid = self
+            .detached(async move { containers.create(request, limit).await })
+            .await?;
         Ok(proto::CreateContainerResponse {
             pid: pid.as_raw().unsigned_abs(),
             ..Default::default()
@@ -199,7 +245,8 @@ impl Agent for Service {
     ) -> ttrpc::Result<proto::StartContainerResponse> {
         let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        detached(async move { containers.start(&request.container_id, limit).await }).await?;
+        self.detached(async move { containers.start(&request.container_id, limit).await })
+            .await?;
         Ok(proto::StartContainerResponse::new())
     }
 
@@ -210,7 +257,9 @@ impl Agent for Service {
     ) -> ttrpc::Result<proto::ExecProcessResponse> {
         let limit = limit(context);
         let containers = Arc::clone(&self.containers);
-        let pid = detached(async move { containers.exec(request, limit).await }).await?;
+        let pid = self
+            .detached(async move { containers.exec(request, limit).await })
+            .await?;
         Ok(proto::ExecProcessResponse {
             pid: pid.as_raw().unsigned_abs(),
             ..Default::default()
@@ -263,7 +312,7 @@ impl Agent for Service {
         request: proto::UpdateContainerRequest,
     ) -> ttrpc::Result<proto::UpdateContainerResponse> {
         let containers = Arc::clone(&self.containers);
-        detached(async move {
+        self.detached(async move {
             containers
                 .update(&request.container_id, &request.resources_json)
                 .await
@@ -278,6 +327,7 @@ impl Agent for Service {
         request: proto::SetProcessorsRequest,
     ) -> ttrpc::Result<proto::SetProcessorsResponse> {
         // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
+        let _working = self.gate.work();
         let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
         let online = match set.await {
             Ok(result) => result.map_err(Error::Processors)?,
@@ -295,7 +345,7 @@ impl Agent for Service {
         request: proto::PauseContainerRequest,
     ) -> ttrpc::Result<proto::PauseContainerResponse> {
         let container = self.containers.get(&request.container_id)?;
-        detached(async move { container.pause().await }).await?;
+        self.detached(async move { container.pause().await }).await?;
         Ok(proto::PauseContainerResponse::new())
     }
 
@@ -305,7 +355,7 @@ impl Agent for Service {
         request: proto::ResumeContainerRequest,
     ) -> ttrpc::Result<proto::ResumeContainerResponse> {
         let container = self.containers.get(&request.container_id)?;
-        detached(async move { container.resume().await }).await?;
+        self.detached(async move { container.resume().await }).await?;
         Ok(proto::ResumeContainerResponse::new())
     }
 
@@ -335,7 +385,8 @@ impl Agent for Service {
         request: proto::RemoveContainerRequest,
     ) -> ttrpc::Result<proto::RemoveContainerResponse> {
         let containers = Arc::clone(&self.containers);
-        detached(async move { containers.remove(&request.container_id).await }).await?;
+        self.detached(async move { containers.remove(&request.container_id).await })
+            .await?;
         Ok(proto::RemoveContainerResponse::new())
     }
 
@@ -384,17 +435,53 @@ impl Agent for Service {
         Ok(proto::RemoveVolumeResponse::new())
     }
 
+    async fn freeze(
+        &self,
+        context: &TtrpcContext,
+        request: proto::FreezeRequest,
+    ) -> ttrpc::Result<proto::FreezeResponse> {
+        let (duration, limit) = (Duration::from_millis(request.limit_ms.into()), limit(context));
+        let checkpoint = Arc::clone(&self.checkpoint);
+        let freeze = tokio::spawn(async move { checkpoint.freeze(duration, limit).await });
+        let frozen = freeze.await.map_err(|e| ttrpc::Error::Others(e.to_string()))??;
+        Ok(proto::FreezeResponse {
+            frozen,
+            ..Default::default()
+        })
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, _: proto::ThawRequest) -> ttrpc::Result<proto::ThawResponse> {
+        let checkpoint = Arc::clone(&self.checkpoint);
+        let thaw = tokio::spawn(async move { checkpoint.thaw().await });
+        let expired = thaw.await.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        Ok(proto::ThawResponse {
+            expired,
+            ..Default::default()
+        })
+    }
+
+    async fn reattach_streams(
+        &self,
+        _: &TtrpcContext,
+        request: proto::ReattachStreamsRequest,
+    ) -> ttrpc::Result<proto::ReattachStreamsResponse> {
+        self.containers.reattach(&request).await?;
+        Ok(proto::ReattachStreamsResponse::new())
+    }
+
     async fn events(
         &self,
         _: &TtrpcContext,
         _: proto::EventsRequest,
         stream: ServerStreamSender<proto::Event>,
     ) -> ttrpc::Result<()> {
-        let subscription = self.containers.events.subscribe().ok_or(Error::Subscribed)?;
-        loop {
-            stream.send(&subscription.next().await.into()).await?;
+        self.gate.admit("Events")?;
+        let subscription = self.containers.events.subscribe();
+        while let Some(event) = subscription.next().await {
+            stream.send(&event.into()).await?;
             subscription.sent();
         }
+        Ok(())
     }
 
     async fn shutdown(
@@ -403,7 +490,10 @@ impl Agent for Service {
         _: proto::ShutdownRequest,
     ) -> ttrpc::Result<proto::ShutdownResponse> {
         let containers = Arc::clone(&self.containers);
-        detached(async move {
+        let checkpoint = Arc::clone(&self.checkpoint);
+        self.detached(async move {
+            // Nothing could be unmounted.
+            checkpoint.thaw().await;
             control::remove_all(&containers).await;
             power::flush();
             Ok(())

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::agent as proto;
@@ -16,6 +17,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, Un
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::fd::AsyncFile;
@@ -119,12 +121,76 @@ fn connect(fd: &OwnedFd, address: &dyn SockaddrLike) -> nix::Result<()> {
     Errno::result(unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr(), address.len()) }).map(drop)
 }
 
+/// The host's end of one stream. It is another connection after a restore of the guest has reset the first one.
+#[derive(Clone, Debug)]
+pub struct HostEnd(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    current: Mutex<(AsyncFile, u64)>,
+    replaced: Notify,
+}
+
+impl HostEnd {
+    fn new(socket: AsyncFile) -> Self {
+        Self(Arc::new(Shared {
+            current: Mutex::new((socket, 0)),
+            replaced: Notify::new(),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (AsyncFile, u64)> {
+        self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection and its number.
+    fn current(&self) -> (AsyncFile, u64) {
+        self.lock().clone()
+    }
+
+    /// Goes on with another connection.
+    pub fn replace(&self, socket: AsyncFile) {
+        let mut current = self.lock();
+        let number = current.1 + 1;
+        let (old, _) = std::mem::replace(&mut *current, (socket, number));
+        // Wakes whoever waits for it.
+        old.shutdown_both();
+        self.0.replaced.notify_one();
+    }
+
+    /// Waits for a connection with another number.
+    async fn other_than(&self, number: u64) {
+        while self.lock().1 == number {
+            self.0.replaced.notified().await;
+        }
+    }
+
+    /// Writes everything, or drops it: a program must not block or die because its log reader went away. `dead` is
+    /// the number of a connection known to be broken.
+    async fn deliver(&self, mut data: &[u8], dead: &mut Option<u64>) {
+        loop {
+            let (socket, number) = self.current();
+            if *dead == Some(number) {
+                return;
+            }
+            match socket.write_some(&mut data).await {
+                Ok(()) => return,
+                Err(_) if self.lock().1 != number => (),
+                Err(_) => *dead = Some(number),
+            }
+        }
+    }
+}
+
 /// The host's ends of a process's streams.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct HostEnds {
-    stdin: Option<AsyncFile>,
-    stdout: Option<AsyncFile>,
-    stderr: Option<AsyncFile>,
+    /// Standard input.
+    pub stdin: Option<HostEnd>,
+    /// Standard output.
+    pub stdout: Option<HostEnd>,
+    /// Standard error.
+    pub stderr: Option<HostEnd>,
 }
 
 impl HostEnds {
@@ -135,7 +201,7 @@ impl HostEnds {
     pub async fn dial(host: &Host, streams: &proto::Streams) -> Result<Self, StreamError> {
         let dial = async |port| match port {
             0 => Ok(None),
-            port => host.dial(port).await.map(Some),
+            port => host.dial(port).await.map(|socket| Some(HostEnd::new(socket))),
         };
         let (stdin, stdout, stderr) = tokio::try_join!(
             dial(streams.stdin_port),
@@ -180,24 +246,24 @@ pub fn pipes(host: HostEnds, user: (u32, u32)) -> Result<(ProgramEnds, Copies), 
             .map_err(StreamError::Pipe)?;
         Ok(file.into())
     };
-    let mut copies = Copies::default();
+    let mut copies = Copies::of(&host);
     let stdin = match host.stdin {
         None => null()?,
-        Some(socket) => {
+        Some(end) => {
             let (read, write) = pipe()?;
             own(&read)?;
             let write = AsyncFile::new(write).map_err(StreamError::Pipe)?;
-            copies.input = Some(tokio::spawn(copy_input(socket, write)));
+            copies.input = Some(tokio::spawn(copy_input(end, write)));
             read
         }
     };
-    let mut output = |socket: Option<AsyncFile>| match socket {
+    let mut output = |end: Option<HostEnd>| match end {
         None => null(),
-        Some(socket) => {
+        Some(end) => {
             let (read, write) = pipe()?;
             own(&write)?;
             let read = AsyncFile::new(read).map_err(StreamError::Pipe)?;
-            copies.outputs.push(tokio::spawn(copy_output(read, socket)));
+            copies.outputs.push(tokio::spawn(copy_output(read, end)));
             Ok(write)
         }
     };
@@ -215,26 +281,36 @@ pub fn pipes(host: HostEnds, user: (u32, u32)) -> Result<(ProgramEnds, Copies), 
 
 /// Joins the host's ends to the master side of a terminal.
 pub fn terminal(host: HostEnds, master: &AsyncFile) -> Copies {
-    Copies {
-        input: host
-            .stdin
-            .map(|socket| tokio::spawn(copy_input(socket, master.clone()))),
-        outputs: host
-            .stdout
-            .into_iter()
-            .map(|socket| tokio::spawn(copy_output(master.clone(), socket)))
-            .collect(),
-    }
+    let mut copies = Copies::of(&host);
+    let input = |end| tokio::spawn(copy_input(end, master.clone()));
+    copies.input = host.stdin.map(input);
+    let output = |end| tokio::spawn(copy_output(master.clone(), end));
+    copies.outputs.extend(host.stdout.map(output));
+    copies
 }
 
 /// The tasks that copy a process's streams.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Copies {
+    ends: HostEnds,
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
 }
 
 impl Copies {
+    fn of(ends: &HostEnds) -> Self {
+        Self {
+            ends: ends.clone(),
+            input: None,
+            outputs: Vec::new(),
+        }
+    }
+
+    /// The ends that can be replaced.
+    pub fn ends(&self) -> &HostEnds {
+        &self.ends
+    }
+
     /// Ends the copies of a process that has exited: input at once, output when all of it is with the host, at the
     /// latest after ten seconds.
     pub fn finish(mut self) {
@@ -265,48 +341,72 @@ impl Drop for Copies {
     }
 }
 
-async fn copy_input(socket: AsyncFile, sink: AsyncFile) {
-    copy(&socket, &sink, OnWriteError::Stop).await;
-    socket.shutdown_both();
-    // The last reference to a pipe's write end goes here: the program sees the end of its input.
+/// Copies what the host sends until the host ends it. After a connection that broke there may be another: the program
+/// does not take a restore of its guest for the end of its input.
+async fn copy_input(end: HostEnd, sink: AsyncFile) {
+    loop {
+        let (socket, number) = end.current();
+        // Nothing that was read is given up for the next connection.
+        let ready = tokio::select! {
+            ready = socket.readable() => ready,
+            () = end.other_than(number) => continue,
+        };
+        match ready.map(|()| socket) {
+            Ok(socket) => match copy_what_is_there(&socket, &sink).await {
+                After::More => (),
+                After::End => {
+                    socket.shutdown_both();
+                    // The last reference to a pipe's write end goes here: the program sees the end of its input.
+                    return;
+                }
+                After::Broken => end.other_than(number).await,
+            },
+            Err(_) => return,
+        }
+    }
 }
 
-async fn copy_output(source: AsyncFile, socket: AsyncFile) {
-    copy(&source, &socket, OnWriteError::Discard).await;
-    socket.shutdown_write();
+/// What can be expected of a source.
+enum After {
+    More,
+    End,
+    Broken,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum OnWriteError {
-    /// Nobody reads any more.
-    Stop,
-    /// Reads on: a program must not block or die because its log reader went away.
-    Discard,
+/// Copies until there is nothing to read at the moment. A sink that takes nothing more is an end as well.
+async fn copy_what_is_there(source: &AsyncFile, sink: &AsyncFile) -> After {
+    // Only for as long as there is data: an idle stream costs no buffer.
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match source.try_read(&mut buffer) {
+            Ok(0) => return After::End,
+            Ok(n) => {
+                let data = buffer.get(..n).unwrap_or_default();
+                if sink.write_all(data).await.is_err() {
+                    return After::End;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return After::More,
+            Err(_) => return After::Broken,
+        }
+    }
 }
 
 /// Copies until the end of `source`. `EIO` is how a terminal's master tells that no process has it open.
-async fn copy(source: &AsyncFile, sink: &AsyncFile, on_error: OnWriteError) {
-    let mut discard = false;
-    while source.readable().await.is_ok() {
-        // Only for as long as there is data: an idle stream costs no buffer.
+async fn copy_output(source: AsyncFile, end: HostEnd) {
+    let mut dead = None;
+    'source: while source.readable().await.is_ok() {
         let mut buffer = vec![0; CHUNK];
         loop {
             match source.try_read(&mut buffer) {
-                Ok(0) => return,
-                Ok(n) => {
-                    let data = buffer.get(..n).unwrap_or_default();
-                    if !discard && sink.write_all(data).await.is_err() {
-                        if on_error == OnWriteError::Stop {
-                            return;
-                        }
-                        discard = true;
-                    }
-                }
+                Ok(0) => break 'source,
+                Ok(n) => end.deliver(buffer.get(..n).unwrap_or_default(), &mut dead).await,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => return,
+                Err(_) => break 'source,
             }
         }
     }
+    end.current().0.shutdown_write();
 }
 
 /// Receives the master of a terminal over a connection to the console socket.
@@ -380,3 +480,7 @@ pub fn resize(master: &AsyncFile, (width, height): (u32, u32)) -> io::Result<()>
     Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "streams_tests.rs"]
+mod tests;

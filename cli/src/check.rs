@@ -50,7 +50,7 @@ pub fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         &arguments.kvm,
         Duration::from_secs(arguments.timeout),
     );
-    host::check(&mut report, configuration.memory_mib);
+    host::check(&mut report, configuration.memory_mib, &configuration.weaker_jail);
     if !arguments.host_only {
         artifacts::check(&mut report, &configuration);
     }

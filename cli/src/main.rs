@@ -1,6 +1,9 @@
 //! `bulkhead`: the command line of Bulkhead.
 
 mod check;
+mod pods;
+mod snapshot;
+mod timeline;
 
 use std::process::ExitCode;
 
@@ -18,11 +21,17 @@ struct Arguments {
 enum Command {
     /// Find out whether a pod can run on this machine, by running a tiny guest
     Check(check::Arguments),
+    /// Save a running pod, so that others can begin where it is
+    Snapshot(snapshot::Arguments),
+    /// Show where the time of a pod's start went
+    Timeline(timeline::Arguments),
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Check(arguments) => check::main(&arguments),
+        Command::Snapshot(arguments) => snapshot::main(&arguments),
+        Command::Timeline(arguments) => timeline::main(&arguments),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("bulkhead: {error:#}");

@@ -9,12 +9,13 @@ use std::path::{Component, Path};
 
 use bulkhead_agent::container::spec::{valid_id, valid_path};
 use bulkhead_agent::network;
+use bulkhead_agent::resume::Resume;
 use bulkhead_agent::storage::volumes::{Create, Remove, VOLUMES, Version};
 use bulkhead_agent::storage::{Partitions, Plan, RUN};
 use bulkhead_fuzz::pod::check_settings;
 use bulkhead_protocol::agent::{
-    CommitVolumeRequest, ConfigureNetworkRequest, CreateContainerRequest, CreateVolumeRequest,
-    RemoveVolumeRequest, StageVolumeRequest, UpdateContainerRequest,
+    CommitVolumeRequest, ConfigureNetworkRequest, CreateContainerRequest, CreateVolumeRequest, FreezeRequest,
+    ReattachStreamsRequest, RemoveVolumeRequest, ResumeRequest, StageVolumeRequest, UpdateContainerRequest,
 };
 use libfuzzer_sys::fuzz_target;
 use protobuf::Message;
@@ -64,11 +65,25 @@ fn create(request: &CreateContainerRequest) {
     assert!(partitions.is_empty(), "numbers stay taken");
 }
 
+fn resume(request: &ResumeRequest) {
+    if Resume::new(request).is_err() {
+        return;
+    }
+    assert!(request.entropy.len() >= 32, "resumed without entropy");
+    assert!(request.hostname.len() <= 64 && !request.hostname.contains('/'));
+    assert!(request.machine_id.is_empty() || request.machine_id.len() == 32);
+    for name in request.files.keys() {
+        let path = Path::new(RUN).join(name);
+        assert_eq!(path.parent(), Some(Path::new(RUN)), "{}", path.display());
+        assert!(inside(&path, RUN));
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
     let Some((kind, data)) = data.split_first() else {
         return;
     };
-    match kind % 7 {
+    match kind % 10 {
         0 => {
             if let Some(request) = message::<CreateContainerRequest>(data) {
                 create(&request);
@@ -104,6 +119,18 @@ fuzz_target!(|data: &[u8]| {
             if let Some(request) = message::<RemoveVolumeRequest>(data) {
                 let _ = Remove::new(&request.name);
             }
+        }
+        6 => {
+            if let Some(request) = message::<ResumeRequest>(data) {
+                resume(&request);
+            }
+        }
+        7 => {
+            // What they name is looked up, what they say is compared with constants.
+            let _ = message::<ReattachStreamsRequest>(data);
+        }
+        8 => {
+            let _ = message::<FreezeRequest>(data);
         }
         _ => {
             if let Some(request) = message::<UpdateContainerRequest>(data)

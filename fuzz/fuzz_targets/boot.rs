@@ -11,10 +11,11 @@ use std::os::unix::fs::FileExt;
 
 use arbitrary::Arbitrary;
 use bulkhead_fuzz::memory::{discard, guarded};
-use bulkhead_protocol::control::VmConfig;
+use bulkhead_protocol::control::{Start, VmConfig};
 use bulkhead_vmm::arch::{kernel, layout};
 use bulkhead_vmm::command_line;
 use bulkhead_vmm::memory::GuestMemory;
+use bulkhead_vmm::snapshot::MachineState;
 use bulkhead_vmm::virtio::mmio::Slot;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -133,6 +134,8 @@ fn check_last_segment(memory: &GuestMemory, image: &[u8]) {
 }
 
 fn configure(memory: &GuestMemory, text: &[u8]) {
+    // The other thing that a VM begins from.
+    let _ = MachineState::decode(text);
     let Ok(config) = serde_json::from_slice::<VmConfig>(text) else {
         return;
     };
@@ -155,13 +158,16 @@ fn configure(memory: &GuestMemory, text: &[u8]) {
     let ranges = layout::ram_ranges(config.memory_mib);
     let bytes: u64 = ranges.iter().map(|(_, len)| *len as u64).sum();
     assert_eq!(bytes, u64::from(config.memory_mib) << 20);
+    let Start::Kernel { command_line, .. } = &config.start else {
+        return;
+    };
     let line = command_line::build(
         config.console,
         config.vcpus,
         config.max_vcpus,
         config.hotplug_mib > 0,
         &slots,
-        &config.command_line,
+        command_line,
     );
     boot_data(memory, line.as_bytes());
 }

@@ -206,7 +206,11 @@ impl Devices {
                 let _ = self.mem.request(bytes, bytes);
                 assert!(self.mem.requested() <= self.mem.size());
             }
-            Request::Pause | Request::Resume | Request::AddVcpus { .. } | Request::Inspect => {}
+            Request::Pause
+            | Request::Resume
+            | Request::AddVcpus { .. }
+            | Request::Snapshot { .. }
+            | Request::Inspect => {}
         }
         self.vsock.process_event().expect("the device is not active");
         self.vsock.take_events();

@@ -211,7 +211,7 @@ impl Guest {
         let memory = test_queue::memory();
         let queues = [TestQueue::new(&memory, 0, 128), TestQueue::new(&memory, 1, 512)];
         let server = Inline::new(
-            &File::open(share).expect("it is there"),
+            File::open(share).expect("it is there"),
             descriptors.try_clone().expect("there are descriptors"),
             200,
             queues.iter().map(TestQueue::device_queue).collect(),

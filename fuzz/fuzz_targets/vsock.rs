@@ -21,7 +21,7 @@ use bulkhead_vmm::virtio::queue::RING_FEATURES;
 use bulkhead_vmm::virtio::test_queue::{self, BUFFERS, TestQueue};
 use bulkhead_vmm::virtio::vsock::packet::{HEADER_SIZE, Header, MAX_PAYLOAD, TYPE_STREAM, op};
 use bulkhead_vmm::virtio::vsock::{BUFFER_SIZE, Vsock, VsockEvent};
-use bulkhead_vmm::virtio::{DeviceError, VirtioDevice};
+use bulkhead_vmm::virtio::{DeviceError, DeviceState, VirtioDevice};
 use libfuzzer_sys::fuzz_target;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::{Bytes, GuestAddress};
@@ -436,7 +436,10 @@ impl World {
             Step::Restore => {
                 self.check();
                 let state = self.vsock.save();
-                self.vsock = Vsock::restore(&state).expect("there are descriptors");
+                self.vsock = Vsock::new(state.guest_cid).expect("there are descriptors");
+                self.vsock
+                    .restore_state(&DeviceState::Vsock(state.clone()))
+                    .expect("it is a socket device's state");
                 assert_eq!(self.vsock.save().next_local_port, state.next_local_port);
                 self.forget();
                 self.activate()?;

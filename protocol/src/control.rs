@@ -24,7 +24,7 @@ pub const VMM_SOCKET_FD: i32 = 3;
 pub const VMM_PROC_FD: i32 = 4;
 
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +111,16 @@ pub enum Request {
         /// At most [`VmConfig::hotplug_mib`].
         mib: u32,
     },
+    /// Writes a paused VM down, so that [`Start::Snapshot`] makes others like it. The VM itself stays as it is.
+    Snapshot {
+        /// Empty regular file for all but memory.
+        state: Fd,
+        /// Empty regular file for guest memory; pages of zeroes become holes.
+        memory: Fd,
+        /// `/proc/<pid>/pagemap` of the VMM (Linux Documentation/admin-guide/mm/pagemap.rst), which tells what memory
+        /// has been touched.
+        pagemap: Fd,
+    },
     /// Last lines of the guest console and the state of the VM.
     Inspect,
 }
@@ -131,10 +141,8 @@ pub struct VmConfig {
     pub hotplug_mib: u32,
     /// `/dev/kvm`, read-write.
     pub kvm: Fd,
-    /// Uncompressed ELF `vmlinux`, readable and seekable.
-    pub kernel: Fd,
-    /// Appended to the command line the VMM builds.
-    pub command_line: String,
+    /// Where the guest begins.
+    pub start: Start,
     /// Root image (EROFS), mapped read-only as virtio-pmem device 0.
     pub root: Fd,
     /// Whether the guest gets a serial console; without one nothing of the kernel's messages is kept.
@@ -149,12 +157,37 @@ pub struct VmConfig {
     pub nets: Vec<Net>,
     /// The tree shared with the guest over virtio-fs.
     pub share: Option<Share>,
+    /// Context id of the guest on vsock, 3 and up. The device is private to its VMM, so it need not be unique; clones
+    /// that differ in it can be told apart.
+    pub guest_cid: u32,
     /// Streams that await guest connections from the start, as [`Request::VsockListen`].
     pub vsock_listeners: Vec<(u32, Fd)>,
     /// Whether the guest gets a balloon with free page reporting.
     pub balloon: bool,
     /// Whether each thread of the VMM is confined to the system calls it needs.
     pub seccomp: bool,
+}
+
+/// Where a guest begins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// At the kernel's entry.
+    Kernel {
+        /// Uncompressed ELF `vmlinux`, readable and seekable.
+        kernel: Fd,
+        /// Appended to the command line the VMM builds.
+        command_line: String,
+    },
+    /// Where a [`Request::Snapshot`] was taken, on the same kind of processor. All else of the configuration has to be
+    /// as it was, but for the backings of disks, network devices and streams, and the context id. The guest is told
+    /// that its vsock connections are gone.
+    Snapshot {
+        /// What is not memory.
+        state: Fd,
+        /// Memory; mapped privately, so it must not change as long as the VM exists.
+        memory: Fd,
+    },
 }
 
 /// A disk: one or more raw files, one behind the other.
@@ -209,9 +242,18 @@ pub enum Reply {
     /// Nothing to say.
     Done,
     /// The VM runs.
-    Booted(BootTimes),
+    Booted(Booted),
     /// Answer to [`Request::Inspect`].
     Inspected(Inspection),
+}
+
+/// What there is to tell of a VM that has just begun.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Booted {
+    /// When.
+    pub times: BootTimes,
+    /// Names of the virtio devices in order of their place on the bus, for example `blk2`.
+    pub devices: Vec<String>,
 }
 
 /// Phases of a boot: `CLOCK_MONOTONIC` in microseconds at the end of each.

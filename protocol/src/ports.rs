@@ -1,7 +1,8 @@
 //! vsock addresses inside a pod's VM.
 
-/// Context id of the guest. Every VM uses the same one: the device is private to its VMM process.
-pub const GUEST_CID: u32 = 3;
+/// Lowest context id a guest can have (virtio 1.2, 5.10.4). The device is private to its VMM process, so guests may
+/// have the same.
+pub const FIRST_GUEST_CID: u32 = 3;
 
 /// Context id of the host (virtio 1.2, 5.10.4).
 pub const HOST_CID: u32 = 2;

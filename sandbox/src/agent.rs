@@ -9,18 +9,18 @@ use std::time::Duration;
 use bulkhead_protocol::agent::{
     self, AgentClient, CommitVolumeRequest, ConfigureNetworkRequest, ContainerStatsRequest,
     ContainerStatsResponse, CreateContainerRequest, CreateVolumeRequest, Event, EventsRequest,
-    ExecProcessRequest, ForwardRequest, HelloRequest, HelloResponse, ListProcessesRequest,
-    ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, RemoveContainerRequest,
-    RemoveVolumeRequest, ResizeTerminalRequest, ResumeContainerRequest, SetProcessorsRequest,
-    SetupSandboxRequest, ShutdownRequest, SignalProcessRequest, StageVolumeRequest, StartContainerRequest,
-    UpdateContainerRequest, event,
+    ExecProcessRequest, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse, ListProcessesRequest,
+    ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, ReattachStreamsRequest,
+    RemoveContainerRequest, RemoveVolumeRequest, ResizeTerminalRequest, ResumeContainerRequest,
+    ResumeRequest, ResumeResponse, SetProcessorsRequest, SetupSandboxRequest, ShutdownRequest,
+    SignalProcessRequest, StageVolumeRequest, StartContainerRequest, ThawRequest, UpdateContainerRequest,
+    event,
 };
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
 use ttrpc::context::Context;
-use ttrpc::proto::Code;
 
-use crate::error::{Error, Kind};
+use crate::error::Error;
 use crate::limits;
 use crate::vm::Vm;
 
@@ -166,6 +166,22 @@ impl Agent {
         Ok(hello)
     }
 
+    /// Waits until the agent of a restored guest serves, and gives it what it must not share with others.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after `limit`, [`Error::AgentVersion`], or the end of the VM.
+    pub async fn resume(&self, request: &ResumeRequest, limit: Duration) -> Result<ResumeResponse, Error> {
+        let resume = self.client.resume(Context::default(), request);
+        let resumed = self.call("resume of the guest", limit, resume).await?;
+        if resumed.version != agent::VERSION {
+            return Err(Error::AgentVersion {
+                got: resumed.version,
+                want: agent::VERSION,
+            });
+        }
+        Ok(resumed)
+    }
+
     /// Checks that the agent answers.
     ///
     /// # Errors
@@ -270,6 +286,12 @@ impl Agent {
         commit_volume, "update of a volume", CommitVolumeRequest => agent::CommitVolumeResponse;
         /// Removes a volume.
         remove_volume, "volume removal", RemoveVolumeRequest => agent::RemoveVolumeResponse;
+        /// Writes the guest's file systems back and has them stand still.
+        freeze, "freezing of the file systems", FreezeRequest => agent::FreezeResponse;
+        /// Lets them go on.
+        thaw, "thaw of the file systems", ThawRequest => agent::ThawResponse;
+        /// Joins a process of a restored guest to new streams.
+        reattach_streams, "new streams", ReattachStreamsRequest => agent::ReattachStreamsResponse;
         /// Ends the guest.
         shutdown, "guest shutdown", ShutdownRequest => agent::ShutdownResponse;
     }
@@ -296,7 +318,7 @@ impl Agent {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(Error::Agent {
                 phase,
-                kind: kind(status.code()),
+                kind: status.code().into(),
                 message: limits::text(&status.message, limits::TEXT),
             }),
             Ok(Err(error)) => match tokio::time::timeout(END_WAIT, self.vm.ended()).await {
@@ -312,18 +334,5 @@ impl Agent {
                 console: self.vm.console_tail().await,
             }),
         }
-    }
-}
-
-fn kind(code: Code) -> Kind {
-    match code {
-        Code::NOT_FOUND => Kind::NotFound,
-        Code::ALREADY_EXISTS => Kind::AlreadyExists,
-        Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => Kind::InvalidArgument,
-        Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
-        Code::UNIMPLEMENTED => Kind::Unimplemented,
-        Code::DEADLINE_EXCEEDED => Kind::DeadlineExceeded,
-        Code::UNAVAILABLE => Kind::Unavailable,
-        _ => Kind::Internal,
     }
 }

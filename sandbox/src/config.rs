@@ -100,6 +100,12 @@ pub struct Configuration {
     pub request_timeout_s: u32,
     /// Directory of the sandboxes' state; on a file system that does not outlive a reboot.
     pub state_dir: PathBuf,
+    /// Whether VMs begin from templates, and who shares one.
+    pub templates: Templates,
+    /// Directory of the templates.
+    pub template_dir: PathBuf,
+    /// Directory of the snapshots that pods may begin from, each in a directory of its own.
+    pub snapshot_dir: PathBuf,
     /// Where a sandbox leaves the timeline of its start as `<sandbox id>.json`; absent: nowhere.
     pub timeline_dir: Option<PathBuf>,
     /// Kata annotations (without `io.katacontainers.config.hypervisor.`) that a sandbox may set.
@@ -108,6 +114,18 @@ pub struct Configuration {
     pub weaker_jail: Vec<Wall>,
     /// Whether debug messages are logged whatever the caller's log level.
     pub debug: bool,
+}
+
+/// Who shares a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Templates {
+    /// All pods of a shape.
+    Shared,
+    /// The pods of a shape in one Kubernetes namespace, or else in one containerd namespace.
+    Namespace,
+    /// Nobody: every VM boots.
+    Off,
 }
 
 /// A wall of the VMM's jail that can be left out.
@@ -139,6 +157,9 @@ impl Default for Configuration {
             boot_timeout_s: 60,
             request_timeout_s: 60,
             state_dir: "/run/bulkhead".into(),
+            templates: Templates::Shared,
+            template_dir: "/var/lib/bulkhead/templates".into(),
+            snapshot_dir: "/var/lib/bulkhead/snapshots".into(),
             timeline_dir: None,
             enable_annotations: ["default_vcpus", "default_memory", "kernel_params"]
                 .map(String::from)
@@ -193,6 +214,8 @@ impl Configuration {
             ("kernel", &self.kernel),
             ("image", &self.image),
             ("state_dir", &self.state_dir),
+            ("template_dir", &self.template_dir),
+            ("snapshot_dir", &self.snapshot_dir),
         ];
         paths.extend(self.vmm.as_deref().map(|path| ("vmm", path)));
         paths.extend(self.timeline_dir.as_deref().map(|path| ("timeline_dir", path)));

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use ttrpc::proto::Code;
+
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
 use crate::fault::Step;
 use crate::journal::JournalError;
 use crate::mount::MountError;
 use crate::network::NetworkError;
+use crate::snapshot::SnapshotError;
 use crate::spec::SpecError;
 use crate::storage::StorageError;
 use crate::vm::{VmEnd, VmError};
@@ -35,6 +38,49 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::InvalidArgument,
+        Self::NotFound,
+        Self::AlreadyExists,
+        Self::FailedPrecondition,
+        Self::Unimplemented,
+        Self::DeadlineExceeded,
+        Self::Unavailable,
+        Self::Cancelled,
+        Self::Internal,
+    ];
+
+    /// The code of gRPC that says the same.
+    #[must_use]
+    pub fn code(self) -> Code {
+        match self {
+            Self::InvalidArgument => Code::INVALID_ARGUMENT,
+            Self::NotFound => Code::NOT_FOUND,
+            Self::AlreadyExists => Code::ALREADY_EXISTS,
+            Self::FailedPrecondition => Code::FAILED_PRECONDITION,
+            Self::Unimplemented => Code::UNIMPLEMENTED,
+            Self::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
+            Self::Unavailable => Code::UNAVAILABLE,
+            Self::Cancelled => Code::CANCELLED,
+            Self::Internal => Code::INTERNAL,
+        }
+    }
+}
+
+impl From<Code> for Kind {
+    fn from(code: Code) -> Self {
+        match code {
+            Code::OUT_OF_RANGE => Self::InvalidArgument,
+            code => Self::ALL
+                .into_iter()
+                .find(|kind| kind.code() == code)
+                .unwrap_or(Self::Internal),
+        }
+    }
+}
+
 /// Why an operation on a sandbox failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -59,6 +105,9 @@ pub enum Error {
     /// The network could not be joined.
     #[error("Cannot set up the pod's network")]
     Network(#[from] NetworkError),
+    /// The pod could not be saved, or begun from a snapshot.
+    #[error("Cannot save or restore the pod")]
+    Snapshot(#[from] SnapshotError),
     /// The VMM could not be started or asked.
     #[error("Cannot run the virtual machine")]
     Vm(#[from] VmError),
@@ -167,13 +216,14 @@ impl Error {
             Self::Spec(error) => error.kind(),
             Self::Network(error) => error.kind(),
             Self::Storage(error) => error.kind(),
+            Self::Snapshot(error) => error.kind(),
             Self::Boot(error) => error.kind(),
             Self::Agent { kind, .. } => *kind,
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Kind::NotFound,
             Self::Exists(_) => Kind::AlreadyExists,
             Self::State { .. } => Kind::FailedPrecondition,
             Self::Unsupported(_) => Kind::Unimplemented,
-            Self::Timeout { .. } => Kind::DeadlineExceeded,
+            Self::Timeout { .. } | Self::Vm(VmError::NoAnswer { .. }) => Kind::DeadlineExceeded,
             Self::Cancelled { .. } => Kind::Cancelled,
             Self::Ended(_) | Self::AgentLost { .. } => Kind::Unavailable,
             Self::Cgroup(CgroupError::Path(_)) => Kind::InvalidArgument,

@@ -93,6 +93,8 @@ steps! {
     NetworkEntered = "create", "entry of the network namespace", Alone;
     /// An interface is redirected to a tap.
     InterfaceJoined = "create", "redirection of an interface", Alone;
+    /// The interface has an ingress queue, and is not redirected yet.
+    InterfaceQueued = "create", "ingress queue of an interface", Alone;
     /// The server writes itself down.
     ServerRecorded = "create", "note of the server", Alone;
     /// The shared tree is mounted.

@@ -21,10 +21,12 @@ pub mod network;
 pub mod process;
 pub mod resources;
 mod sandbox;
+pub mod snapshot;
 pub mod spawn;
 pub mod spec;
 pub mod storage;
 pub mod streams;
+pub mod template;
 pub mod timeline;
 pub mod vm;
 

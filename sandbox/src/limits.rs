@@ -39,6 +39,16 @@ const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the VMM may take over a request. It owes an answer whatever the guest does.
 pub const VMM_TIME: Duration = Duration::from_secs(30);
 
+/// How long a guest's file systems stay frozen at most while its pod is saved: all of its disks are copied meanwhile. The
+/// agent thaws them then.
+pub const FREEZE_TIME: Duration = Duration::from_secs(300);
+
+/// How long the VMM may take to show the guest's console for an error.
+pub const CONSOLE_TIME: Duration = Duration::from_secs(1);
+
+/// How long work may take that only the host's kernel can hold up: writing limits of a cgroup, removing mounts.
+pub const HOST_TIME: Duration = Duration::from_secs(30);
+
 /// Longest text of the guest or the VMM in an error or in the log, in characters.
 pub const TEXT: usize = 1024;
 

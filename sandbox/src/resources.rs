@@ -9,7 +9,8 @@ use std::collections::{BTreeSet, HashMap};
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources, Spec};
 
 use crate::cgroup::HostLimits;
-use crate::config::{Configuration, MAX_MEMORY_MIB, MAX_VCPUS};
+use crate::config::{Configuration, MAX_MEMORY_MIB, MAX_VCPUS, Templates};
+use crate::snapshot::Machine;
 
 mod annotations;
 #[cfg(test)]
@@ -29,6 +30,9 @@ const HOST_OVERHEAD_MIB: u64 = 128;
 
 /// Processor time in thousandths that the pod's cgroup allows for beside the containers'.
 const HOST_OVERHEAD_MILLI: u64 = 100;
+
+/// Templates smaller than the configuration's size have a multiple of so many MiB.
+const TEMPLATE_STEP_MIB: u32 = 64;
 
 const MIB: u64 = 1 << 20;
 
@@ -137,6 +141,9 @@ fn parse_list(text: &str) -> Option<BTreeSet<u16>> {
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        if last < first {
+            return None;
+        }
         set.extend(first..=last);
     }
     Some(set)
@@ -235,8 +242,39 @@ impl Sizing {
             let wanted = u8::try_from(wanted.div_ceil(1000)).unwrap_or(MAX_VCPUS);
             sizing.max.vcpus = max_vcpus.max(wanted.min(processors).min(MAX_VCPUS));
         }
-        sizing.boot = sizing.wanted();
+        sizing.boot = Size {
+            vcpus: sizing.wanted_vcpus(),
+            memory_mib: sizing.needed_memory(),
+        };
+        if config.templates != Templates::Off {
+            sizing.boot = sizing.base();
+        }
         sizing
+    }
+
+    /// Of a VM that goes on from a snapshot.
+    #[must_use]
+    pub fn continued(mut self, machine: &Machine) -> Self {
+        self.boot = Size {
+            vcpus: machine.boot_vcpus,
+            memory_mib: machine.memory_mib,
+        };
+        self.max = Size {
+            vcpus: machine.max_vcpus,
+            memory_mib: machine.memory_mib.saturating_add(machine.hotplug_mib),
+        };
+        self
+    }
+
+    /// The size of the template for a VM that is to start with this one: few sizes serve many, and the VM grows by the
+    /// rest.
+    fn base(&self) -> Size {
+        let Size { vcpus, memory_mib } = self.boot;
+        let step = memory_mib.next_multiple_of(TEMPLATE_STEP_MIB);
+        Size {
+            vcpus: vcpus.min(self.default.vcpus),
+            memory_mib: step.min(self.default.memory_mib),
+        }
     }
 
     /// The size the VM starts with.
@@ -338,7 +376,7 @@ impl Sizing {
         count.clamp(1, self.max.vcpus)
     }
 
-    fn wanted_memory(&self) -> u32 {
+    fn needed_memory(&self) -> u32 {
         let pod = self
             .pod
             .as_ref()
@@ -368,14 +406,15 @@ impl Sizing {
             None => {}
         }
         let mib = u32::try_from(mib).unwrap_or(u32::MAX);
-        let mib = mib.clamp(crate::config::MIN_MEMORY_MIB, self.max.memory_mib);
-        if self.containers.is_empty() || mib <= self.boot.memory_mib {
-            // Nothing has been added yet, or all of it can go.
-            return if self.containers.is_empty() {
-                mib
-            } else {
-                self.boot.memory_mib
-            };
+        mib.clamp(crate::config::MIN_MEMORY_MIB, self.max.memory_mib)
+    }
+
+    /// What of it can be reached from the size at the start.
+    fn wanted_memory(&self) -> u32 {
+        let mib = self.needed_memory();
+        if mib <= self.boot.memory_mib {
+            // All that was added can go.
+            return self.boot.memory_mib;
         }
         let added = (mib - self.boot.memory_mib).next_multiple_of(STEP_MIB);
         self.boot.memory_mib + added.min(self.hotplug_mib())

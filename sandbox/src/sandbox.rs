@@ -19,6 +19,7 @@ use crate::mount::Mount;
 use crate::network::GuestNetwork;
 use crate::process::{Container, Exit, KILLED, Status, ToldExit};
 use crate::resources::{Demand, Host, Sizing};
+use crate::snapshot::Snapshot;
 use crate::spec::Role;
 use crate::storage::SharedTree;
 use crate::streams::{ProcessStreams, StreamTable};
@@ -26,18 +27,24 @@ use crate::timeline::Timeline;
 use crate::vm::{Vm, VmEnd};
 
 mod boot;
+mod checkpoint;
 mod create;
 mod event;
+mod exits;
 mod lifecycle;
 mod network;
+mod options;
 mod requests;
 mod resize;
+mod restore;
+mod template;
 mod volumes;
 
 #[cfg(test)]
 mod hostile_tests;
 
 pub use event::{EventSink, SandboxEvent};
+pub use options::{ContainerRequest, ExecRequest, PidNamespace, ProcessInfo, ProcessState, SandboxOptions};
 
 /// How long the exits of a container's other processes may follow init's.
 const HOLD_LIMIT: Duration = Duration::from_secs(5);
@@ -53,104 +60,6 @@ const KILL_ANSWER: Duration = Duration::from_millis(500);
 
 /// How long an orderly shutdown of a guest with writable disks may take.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
-
-/// What a sandbox is made from.
-pub struct SandboxOptions {
-    /// Id of the sandbox.
-    pub id: String,
-    /// Configuration, annotations applied.
-    pub config: Configuration,
-    /// Host name of the guest; empty: the id.
-    pub hostname: String,
-    /// Kernel parameters of the guest (`linux.sysctl`).
-    pub sysctls: HashMap<String, String>,
-    /// Size of the pod's `/dev/shm` in bytes.
-    pub shm_size: u64,
-    /// Files that containers get on `/etc/<name>` unless they have a mount there.
-    pub files: HashMap<String, Vec<u8>>,
-    /// What the pod asks for, if that is known: it decides the size the VM starts with.
-    pub demand: Option<Demand>,
-    /// `oom_score_adj` of the VMM.
-    pub oom_score_adj: i32,
-    /// The pod's cgroup; the calling process is in it already.
-    pub cgroup: Option<Cgroup>,
-    /// Where the calling process goes when the pod's cgroup is removed, relative to the hierarchy's root.
-    pub home_cgroup: Option<PathBuf>,
-    /// The sandbox's journal.
-    pub journal: Journal,
-    /// Interfaces of the pod for the guest.
-    pub network: GuestNetwork,
-    /// Marks of the start.
-    pub timeline: Timeline,
-}
-
-impl std::fmt::Debug for SandboxOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SandboxOptions")
-            .field("id", &self.id)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A container to create.
-#[derive(Debug)]
-pub struct ContainerRequest {
-    /// Container id.
-    pub id: String,
-    /// OCI specification as the host sees it.
-    pub spec: Spec,
-    /// The bundle's directory, absolute.
-    pub bundle: PathBuf,
-    /// Mounts that make the root file system; none: `root.path`.
-    pub root: Vec<Mount>,
-    /// Host ends of the init process's streams.
-    pub stdio: crate::streams::Stdio,
-    /// What it is. No process runs in the guest for the container that stands for the sandbox.
-    pub role: Role,
-    /// Which processes it sees.
-    pub pid_namespace: PidNamespace,
-}
-
-/// A container's pid namespace in the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum PidNamespace {
-    /// Its own.
-    #[default]
-    Own,
-    /// The one that containers of the pod share.
-    Pod,
-    /// That of a running container, by id.
-    Container(String),
-}
-
-/// A process to add to a container.
-#[derive(Debug)]
-pub struct ExecRequest {
-    /// Container id.
-    pub container: String,
-    /// Id of the process.
-    pub exec: String,
-    /// OCI `Process` object as JSON.
-    pub process_json: Vec<u8>,
-}
-
-/// A process's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProcessState {
-    /// The state.
-    pub status: Status,
-    /// How it ended, if it has.
-    pub exit: Option<Exit>,
-}
-
-/// A process of a container.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProcessInfo {
-    /// Process id in the guest's initial pid namespace.
-    pub pid: u32,
-    /// Exec id; empty: init or a descendant.
-    pub exec: String,
-}
 
 /// A VM that runs and an agent that serves.
 #[derive(Clone, Debug)]
@@ -168,8 +77,15 @@ enum Boot {
 
 struct Record {
     machine: Container,
+    /// Its id in the guest.
+    guest_id: String,
+    /// What it was made from.
+    made: Option<checkpoint::Made>,
+    /// The way back of one that was in the snapshot.
+    returns: Option<restore::Return>,
     is_sandbox: bool,
-    deleting: bool,
+    /// Tells how it had ended when it is gone; absent: it is not being deleted.
+    deleting: Option<watch::Sender<Option<Exit>>>,
     /// How often its memory may run out.
     oom: crate::limits::Throttle,
     streams: HashMap<String, ProcessStreams>,
@@ -189,8 +105,11 @@ impl Record {
     fn new(id: &str, is_sandbox: bool) -> Self {
         Self {
             machine: Container::new(id),
+            guest_id: id.to_owned(),
+            made: None,
+            returns: None,
             is_sandbox,
-            deleting: false,
+            deleting: None,
             oom: crate::limits::out_of_memory(),
             streams: HashMap::new(),
             exits: HashMap::from([(String::new(), watch::Sender::new(None))]),
@@ -209,6 +128,10 @@ struct State {
     sizing: Sizing,
     slots: Vec<bool>,
     vm: Option<Vm>,
+    /// Whether its end is that of the sandbox.
+    vm_counts: bool,
+    /// Names of its devices by place.
+    places: Vec<String>,
     settle: Option<network::Settle>,
     /// How far the boot is.
     boot_step: Step,
@@ -227,6 +150,8 @@ struct Inner {
     journal: Mutex<Option<Journal>>,
     network: Mutex<GuestNetwork>,
     timeline: Timeline,
+    namespace: String,
+    restore: Option<restore::Restore>,
     sink: Arc<dyn EventSink>,
     state: Mutex<State>,
     /// Held while the VM's size changes.
@@ -261,7 +186,14 @@ impl Sandbox {
     /// Call it on the main thread, inside a current-thread runtime: the VMM dies with the thread that
     /// starts it.
     #[must_use]
-    pub fn start(options: SandboxOptions, sink: Arc<dyn EventSink>, refusal: Option<Error>) -> Self {
+    pub fn start(mut options: SandboxOptions, sink: Arc<dyn EventSink>, refusal: Option<Error>) -> Self {
+        let machine = options
+            .snapshot
+            .as_ref()
+            .map(|snapshot| snapshot.manifest.machine.clone());
+        if let Some(machine) = &machine {
+            machine.apply(&mut options.config);
+        }
         let slots = usize::try_from(options.config.disk_slots).unwrap_or_default();
         let root = options.journal.directory().join("shared");
         let (tree, refusal) = match refusal {
@@ -286,16 +218,23 @@ impl Sandbox {
             journal: Mutex::new(Some(options.journal)),
             network: Mutex::new(options.network),
             timeline: options.timeline,
+            namespace: options.namespace,
+            restore: options.snapshot.map(restore::Restore::new),
             sink,
             state: Mutex::new(State {
                 containers: HashMap::new(),
-                sizing: Sizing::new(&options.config, Host::this(), options.demand),
+                sizing: machine.iter().fold(
+                    Sizing::new(&options.config, Host::this(), options.demand),
+                    Sizing::continued,
+                ),
                 slots: vec![false; slots],
                 vm: None,
+                vm_counts: false,
+                places: Vec::new(),
                 settle: None,
                 boot_step: Step::VmmStarted,
             }),
-            applied: tokio::sync::Mutex::default(),
+            applied: tokio::sync::Mutex::new(machine.as_ref().map(resize::Applied::of).unwrap_or_default()),
             streams: StreamTable::default(),
             tree,
             watch: Mutex::default(),
@@ -361,6 +300,19 @@ impl Sandbox {
         action(record)
     }
 
+    /// A container's id in the guest.
+    fn guest_id(&self, id: &str) -> String {
+        let known = self.with(id, |record| Ok(record.guest_id.clone()));
+        known.unwrap_or_else(|_| id.to_owned())
+    }
+
+    /// The id of the container that the guest knows by this one.
+    fn id_of(&self, guest_id: &str) -> Option<String> {
+        let state = self.lock();
+        let mut records = state.containers.iter();
+        records.find_map(|(id, record)| (record.guest_id == guest_id).then(|| id.clone()))
+    }
+
     /// Waits until the agent serves.
     async fn guest(&self) -> Result<Guest, Error> {
         let mut boot = self.0.boot.subscribe();
@@ -393,96 +345,6 @@ impl Sandbox {
 
     fn vm_now(&self) -> Option<Vm> {
         self.lock().vm.clone()
-    }
-
-    /// Tells exits in their order: the event, then whoever waits.
-    fn tell(&self, container: &str, record: &mut Record, told: Vec<ToldExit>) {
-        for ToldExit { exec, exit } in told {
-            if let Some(streams) = record.streams.get(&exec) {
-                self.0.streams.close_stdin(streams);
-            }
-            self.0.sink.event(SandboxEvent::Exited {
-                container: container.into(),
-                exec: exec.clone(),
-                exit,
-            });
-            if let Some(sender) = record.exits.get(&exec) {
-                sender.send_replace(Some(exit));
-            }
-        }
-    }
-
-    /// A process has ended, says the agent.
-    fn process_exited(&self, container: &str, exec: &str, status: u32) {
-        let exit = Exit {
-            status: status.min(255),
-            at_ns: now_ns(),
-        };
-        let begins_to_hold = self.with(container, |record| {
-            let held = record.machine.is_holding();
-            let told = record.machine.exited(exec, exit);
-            self.tell(container, record, told);
-            Ok(record.machine.is_holding() && !held)
-        });
-        // Once: a guest can send the same exit as often as it likes.
-        if begins_to_hold.is_ok_and(|begins| begins) {
-            let sandbox = self.clone();
-            let container = container.to_owned();
-            tokio::spawn(async move {
-                tokio::time::sleep(HOLD_LIMIT).await;
-                let _ = sandbox.with(&container, |record| {
-                    let told = record.machine.force_release();
-                    sandbox.tell(&container, record, told);
-                    Ok(())
-                });
-            });
-        }
-    }
-
-    /// The VM has ended: so has everything in it.
-    fn vm_ended(&self, end: &VmEnd) {
-        let expected = self.is_stopping();
-        if expected {
-            log::debug!("sandbox {}: the virtual machine has ended: {end}", self.0.id);
-        } else {
-            log::error!("sandbox {}: the virtual machine has ended: {end}", self.0.id);
-        }
-        // What the guest wrote before its end is in the FIFOs: nothing more will come.
-        self.0.streams.all_ended();
-        let exit = killed_now();
-        let mut state = self.lock();
-        for (id, record) in &mut state.containers {
-            let alive = record.machine.is_alive();
-            let told = record.machine.lost(exit);
-            if alive && !expected {
-                if end.out_of_memory {
-                    self.0.sink.event(SandboxEvent::OutOfMemory {
-                        container: id.clone(),
-                    });
-                }
-                self.0.sink.event(SandboxEvent::Lost {
-                    container: id.clone(),
-                    reason: end.to_string(),
-                });
-            }
-            if alive {
-                self.tell(id, record, told);
-            } else {
-                // Never started: whoever waits gets an answer, but there was no exit to announce.
-                for exit in told {
-                    if let Some(sender) = record.exits.get(&exit.exec) {
-                        sender.send_replace(Some(exit.exit));
-                    }
-                }
-            }
-        }
-        drop(state);
-        // Last: whoever waits for it finds every container ended.
-        self.0.end.send_replace(Some(if expected {
-            Exit { status: 0, ..exit }
-        } else {
-            exit
-        }));
     }
 
     /// Ends the VM, and with it every container; what the sandbox has acquired on the host stays. An orderly end,
@@ -552,6 +414,22 @@ impl Sandbox {
         }
         Ok(())
     }
+}
+
+/// Does what the host's kernel may hold up on a thread of its own, while other calls are answered. A thread that hangs in
+/// the kernel is left behind.
+async fn on_thread<T: Send + 'static>(
+    phase: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    let limit = crate::limits::HOST_TIME;
+    let done = tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await;
+    done.map_err(|_| Error::Timeout {
+        phase,
+        limit,
+        console: String::new(),
+    })?
+    .map_err(Error::Task)
 }
 
 /// The exit of what ends with the VM.

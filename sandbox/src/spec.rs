@@ -340,6 +340,22 @@ fn rewrite_mount(
     }))
 }
 
+/// Where a container's mounts are, in their order.
+#[must_use]
+pub fn destinations(spec: &Spec) -> Vec<PathBuf> {
+    let mounts = spec.mounts().iter().flatten();
+    mounts.map(|mount| mount.destination().clone()).collect()
+}
+
+/// Name of a container within its pod as containerd and CRI-O tell it.
+#[must_use]
+pub fn container_name(spec: &Spec) -> Option<String> {
+    let annotations = spec.annotations().as_ref()?;
+    ["io.kubernetes.cri.container-name", "io.kubernetes.container.name"]
+        .iter()
+        .find_map(|key| annotations.get(*key).cloned())
+}
+
 /// Size in bytes of the pod's `/dev/shm`: that of the host file system bound there, if one is.
 #[must_use]
 pub fn shm_size(spec: &Spec) -> u64 {

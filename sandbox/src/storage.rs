@@ -19,7 +19,7 @@ mod plan;
 mod tests;
 mod volumes;
 
-pub use volumes::{DATA, GUEST_VOLUMES, Owner, PodVolume, VolumeKind, is_version};
+pub use volumes::{DATA, GUEST_VOLUMES, Owner, PodVolume, VolumeKind, VolumeNames, is_version};
 
 pub use plan::{DiskPlan, RootPlan, plan_root};
 
@@ -200,13 +200,31 @@ impl SharedTree {
         root: &RootPlan,
         volumes: &[Volume],
     ) -> Result<(PreparedRoot, Vec<Arc<PodVolume>>), StorageError> {
+        self.prepare_again(id, root, volumes, &[])
+    }
+
+    /// As [`SharedTree::prepare`], for a guest that knows the first volumes by these names already.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub fn prepare_again(
+        &self,
+        id: &str,
+        root: &RootPlan,
+        volumes: &[Volume],
+        names: &[VolumeNames],
+    ) -> Result<(PreparedRoot, Vec<Arc<PodVolume>>), StorageError> {
         let folder = self.folder(id)?;
         make_directory(&self.writable().join(folder))?;
         let prepared = self.prepare_root(id, folder, root).and_then(|prepared| {
             let writable = self.writable();
             let volumes: Result<_, _> = volumes
                 .iter()
-                .map(|volume| self.volumes.take(id, &self.root, &writable, volume))
+                .enumerate()
+                .map(|(number, volume)| {
+                    let names = names.get(number);
+                    self.volumes.take(id, &self.root, &writable, volume, names)
+                })
                 .collect();
             Ok((prepared, volumes?))
         });

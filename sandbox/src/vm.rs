@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{
-    BootTimes, Channel, ChannelError, Event, Exit, Fd, Inspection, Reply, Request, RequestMessage,
+    Booted, Channel, ChannelError, Event, Exit, Fd, Inspection, Reply, Request, RequestMessage,
     VMM_SOCKET_FD, VmConfig, VmmMessage,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -23,6 +23,8 @@ use crate::mount::{self, MountError};
 use crate::spawn::{self, Ending, Program, SpawnError};
 
 mod actor;
+#[cfg(test)]
+mod tests;
 
 /// Why the VMM could not be started or asked.
 #[derive(Debug, thiserror::Error)]
@@ -68,8 +70,13 @@ pub enum VmError {
         message: String,
     },
     /// The VMM did not answer in time.
-    #[error("The VMM did not answer {0} in time")]
-    NoAnswer(&'static str),
+    #[error("The VMM did not answer {request} within {} s", .limit.as_secs())]
+    NoAnswer {
+        /// Name of the request.
+        request: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
     /// The VMM answered something else.
     #[error("The VMM gave a wrong answer to {0}")]
     WrongReply(&'static str),
@@ -252,14 +259,26 @@ impl Vm {
     #[cfg(any(test, fuzzing))]
     #[allow(clippy::unwrap_used)]
     pub fn fake() -> Self {
+        Self::pretend(true)
+    }
+
+    /// As [`Vm::fake`]; with `answers` false it never answers.
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used)]
+    fn pretend(answers: bool) -> Self {
         let mut command = tokio::process::Command::new("sleep");
         let mut child = command.arg("1000").kill_on_drop(true).spawn().unwrap();
         let pid = i32::try_from(child.id().unwrap()).unwrap();
         let verdict = Arc::new(OnceLock::<String>::new());
         let (commands, mut receiver) = mpsc::unbounded_channel::<Command>();
         tokio::spawn(async move {
+            let mut unanswered = Vec::new();
             while let Some(command) = receiver.recv().await {
-                let _ = command.reply.send(Ok(Reply::Done));
+                if answers {
+                    let _ = command.reply.send(Ok(Reply::Done));
+                } else {
+                    unanswered.push(command);
+                }
             }
         });
         let (end_sender, end) = watch::channel(None);
@@ -340,11 +359,17 @@ impl Vm {
         self.kill();
     }
 
-    /// Sends a request and waits for its answer.
+    /// Sends a request and waits for its answer, at most for `limit`.
     ///
     /// # Errors
-    /// [`VmError::Refused`] with the VMM's words, [`VmError::Gone`] when the VM ends first.
-    pub async fn request(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Reply, VmError> {
+    /// [`VmError::Refused`] with the VMM's words, [`VmError::Gone`] when the VM ends first, [`VmError::NoAnswer`].
+    async fn request(
+        &self,
+        request: Request,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Reply, VmError> {
+        let name = name(&request);
         let (reply, answer) = oneshot::channel();
         let command = Command {
             request,
@@ -352,39 +377,72 @@ impl Vm {
             reply,
         };
         self.commands.send(command).map_err(|_| VmError::Gone)?;
-        answer.await.map_err(|_| VmError::Gone)?
+        match tokio::time::timeout(limit, answer).await {
+            Ok(answer) => answer.map_err(|_| VmError::Gone)?,
+            Err(_) => Err(VmError::NoAnswer { request: name, limit }),
+        }
     }
 
-    /// Boots the VM.
+    /// Boots the VM: waits until its first instruction, at most for `limit`.
     ///
     /// # Errors
-    /// As [`Vm::request`].
-    pub async fn boot(&self, config: VmConfig, descriptors: Vec<OwnedFd>) -> Result<BootTimes, VmError> {
-        match self.request(Request::Boot(Box::new(config)), descriptors).await? {
-            Reply::Booted(times) => Ok(times),
+    /// As [`Vm::ask`].
+    pub async fn boot(
+        &self,
+        config: VmConfig,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Booted, VmError> {
+        let request = Request::Boot(Box::new(config));
+        match self.request(request, descriptors, limit).await? {
+            Reply::Booted(booted) => Ok(booted),
             _ => Err(VmError::WrongReply("boot")),
         }
     }
 
-    /// A request whose answer has no content.
+    /// A request whose answer has no content. It may take [`limits::VMM_TIME`].
     ///
     /// # Errors
-    /// As [`Vm::request`], and [`VmError::NoAnswer`] after [`limits::VMM_TIME`].
+    /// [`VmError::Refused`] with the VMM's words, [`VmError::Gone`] when the VM ends first, [`VmError::NoAnswer`].
     pub async fn ask(&self, request: Request, descriptors: Vec<OwnedFd>) -> Result<(), VmError> {
         let name = name(&request);
-        let answer = tokio::time::timeout(limits::VMM_TIME, self.request(request, descriptors)).await;
-        match answer.map_err(|_| VmError::NoAnswer(name))?? {
+        match self.request(request, descriptors, limits::VMM_TIME).await? {
             Reply::Done => Ok(()),
             _ => Err(VmError::WrongReply(name)),
         }
     }
 
+    /// Writes the VM down, which is paused, into two empty files.
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub async fn snapshot(&self, state: OwnedFd, memory: OwnedFd) -> Result<(), VmError> {
+        let pagemap = PathBuf::from(format!("/proc/{}/pagemap", self.started.pid));
+        let mut fds = Descriptors::default();
+        let request = Request::Snapshot {
+            state: fds.add(state),
+            memory: fds.add(memory),
+            pagemap: fds.add(open_for_vm("the VMM's pagemap", &pagemap, false)?),
+        };
+        self.ask(request, fds.into_vec()).await
+    }
+
+    /// What the VMM says about its VM, within `limit`.
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub async fn inspect(&self, limit: Duration) -> Result<Inspection, VmError> {
+        match self.request(Request::Inspect, Vec::new(), limit).await? {
+            Reply::Inspected(inspection) => Ok(inspection),
+            _ => Err(VmError::WrongReply("inspect")),
+        }
+    }
+
     /// The end of the guest console on one line, for an error; empty if the VMM does not answer soon.
     pub async fn console_tail(&self) -> String {
-        match tokio::time::timeout(Duration::from_secs(1), self.request(Request::Inspect, Vec::new())).await {
-            Ok(Ok(Reply::Inspected(Inspection { console, .. }))) => console::tail(&console),
-            _ => String::new(),
-        }
+        self.inspect(limits::CONSOLE_TIME)
+            .await
+            .map_or_else(|_| String::new(), |inspection| console::tail(&inspection.console))
     }
 }
 
@@ -402,9 +460,7 @@ impl Owning for OwnedFd {}
 fn unknown_end() -> Arc<VmEnd> {
     Arc::new(VmEnd {
         reason: "unknown".into(),
-        orderly: false,
-        console: String::new(),
-        out_of_memory: false,
+        ..VmEnd::default()
     })
 }
 
@@ -423,6 +479,7 @@ fn name(request: &Request) -> &'static str {
         Request::SetBalloon { .. } => "set balloon",
         Request::AddVcpus { .. } => "add vcpus",
         Request::SetMemory { .. } => "set memory",
+        Request::Snapshot { .. } => "snapshot",
         Request::Inspect => "inspect",
     }
 }

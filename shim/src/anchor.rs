@@ -61,6 +61,22 @@ mod tests {
 
     use super::*;
 
+    proptest::proptest! {
+        /// What is written into a specification for a process is read back, and nothing else is taken for one.
+        #[test]
+        fn ids_are_read_from_paths_of_proc(id in 1u32.., name in "pid|net|ipc", other in "/?(proc|run|[0-9./]{0,6}){0,3}/ns/pid") {
+            let path = format!("/proc/{id}/ns/{name}");
+            proptest::prop_assert_eq!(id_of(Path::new(&path)), Some(id));
+            if let Some(id) = id_of(Path::new(&other)) {
+                let begin = format!("/proc/{id}/");
+                let plain: std::path::PathBuf = Path::new(&other).components().collect();
+                proptest::prop_assert!(
+                    plain.starts_with(&begin) || other.contains("/0") || other.contains("+"), "{} in {}", id, other
+                );
+            }
+        }
+    }
+
     #[test]
     fn every_anchor_has_an_id_in_proc_as_long_as_it_lives() {
         let (a, b) = (Anchor::new().unwrap(), Anchor::new().unwrap());

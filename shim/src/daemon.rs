@@ -128,12 +128,12 @@ const OOM_SCORE_ADJ: i32 = -1000;
 /// that, it is one more than containerd's.
 fn set_oom_score_adj() {
     let path = "/proc/self/oom_score_adj";
-    let inherited: Option<i32> = fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.trim().parse().ok());
-    let next = inherited.map_or(OOM_SCORE_ADJ, |score| (score + 1).min(1000));
-    if fs::write(path, next.min(OOM_SCORE_ADJ).to_string()).is_err() {
-        let _ = fs::write(path, next.to_string());
+    if fs::write(path, OOM_SCORE_ADJ.to_string()).is_ok() {
+        return;
+    }
+    let inherited = fs::read_to_string(path).ok();
+    if let Some(score) = inherited.and_then(|text| text.trim().parse::<i32>().ok()) {
+        let _ = fs::write(path, (score + 1).min(1000).to_string());
     }
 }
 
@@ -187,6 +187,7 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
             .as_ref()
             .map(|dir| dir.join(format!("{}.json", args.id))),
     );
+    timeline.keep_in(journal.directory());
     timeline.mark_at("shim_start", started_us);
     timeline.mark("shim_ready");
 

@@ -10,6 +10,7 @@ use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{Entry, Journal};
 use bulkhead_sandbox::network::GuestNetwork;
 use bulkhead_sandbox::resources::Demand;
+use bulkhead_sandbox::snapshot::{ANNOTATION, Snapshot, SnapshotError};
 use bulkhead_sandbox::spec;
 use bulkhead_sandbox::timeline::Timeline;
 use bulkhead_sandbox::{Error, Role, Sandbox, SandboxOptions};
@@ -114,6 +115,12 @@ impl Pod {
         let Some(parts) = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return;
         };
+        let namespace = self.kubernetes_namespace(spec);
+        let (snapshot, refusal) = match (refusal, snapshot(spec, &wanted.config, &namespace)) {
+            (Some(refusal), _) => (None, Some(refusal)),
+            (None, Ok(snapshot)) => (snapshot, None),
+            (None, Err(error)) => (None, Some(error.into())),
+        };
         let process = spec.process().as_ref();
         let sysctls = spec.linux().as_ref().and_then(|linux| linux.sysctl().clone());
         let options = SandboxOptions {
@@ -135,6 +142,8 @@ impl Pod {
             journal: parts.journal,
             network: wanted.network,
             timeline: parts.timeline,
+            namespace,
+            snapshot,
             config: wanted.config,
         };
         let sandbox = Sandbox::start(options, self.publisher.clone(), refusal);
@@ -142,6 +151,18 @@ impl Pod {
             sandbox,
             kind: wanted.kind,
         });
+    }
+
+    /// The pod's namespace in Kubernetes as containerd and CRI-O tell it, or else containerd's.
+    fn kubernetes_namespace(&self, spec: &Spec) -> String {
+        let annotations = spec.annotations().as_ref();
+        [
+            "io.kubernetes.cri.sandbox-namespace",
+            "io.kubernetes.pod.namespace",
+        ]
+        .iter()
+        .find_map(|key| annotations?.get(*key).cloned())
+        .unwrap_or_else(|| self.namespace.clone())
     }
 
     fn made(&self) -> ttrpc::Result<&Made> {
@@ -199,6 +220,14 @@ impl Pod {
         }
         Ok(())
     }
+}
+
+/// What the pod is to begin from, if it is a snapshot.
+fn snapshot(spec: &Spec, config: &Configuration, namespace: &str) -> Result<Option<Snapshot>, SnapshotError> {
+    let annotations = spec.annotations().as_ref();
+    let name = annotations.and_then(|annotations| annotations.get(ANNOTATION));
+    name.map(|name| Snapshot::open(&config.snapshot_dir, name, namespace, &config.image))
+        .transpose()
 }
 
 /// Makes the cgroup of sandbox `id`, in the journal before it is; none on a host without cgroup v2.

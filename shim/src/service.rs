@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::mount::Mount;
+use bulkhead_sandbox::snapshot::ANNOTATION;
 use bulkhead_sandbox::{
     ContainerRequest, Error, ExecRequest, Exit, PidNamespace, Role, Sandbox, Status, Stdio, spec,
 };
 use containerd_shim_protos::api;
-use containerd_shim_protos::shim::oci::ProcessDetails;
+use containerd_shim_protos::shim::oci::{CheckpointOptions, ProcessDetails};
 use containerd_shim_protos::shim_async::Task as TaskService;
 use oci_spec::runtime::Spec;
-use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::proto::Code;
 
@@ -200,7 +201,10 @@ impl TaskService for Service {
         if !request.checkpoint.is_empty() {
             return Err(status(
                 Code::UNIMPLEMENTED,
-                "restoring a checkpoint is not supported",
+                format!(
+                    "checkpoint {}: the VM boots before this call; name a snapshot by the annotation {ANNOTATION}",
+                    request.checkpoint
+                ),
             ));
         }
         let paths = Paths {
@@ -276,12 +280,9 @@ impl TaskService for Service {
 
     async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
         let pid = self.pid(&request.id);
-        let exit = self
-            .sandbox()?
-            .delete(&request.id, &request.exec_id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
-        {
+        let deleted = self.sandbox()?.delete(&request.id, &request.exec_id).await;
+        // Also when a caller before has not waited for its end.
+        if matches!(deleted, Ok(_) | Err(Error::NoContainer(_))) {
             let mut tasks = self.tasks();
             if request.exec_id.is_empty() {
                 tasks.remove(&request.id);
@@ -289,6 +290,7 @@ impl TaskService for Service {
                 task.execs.remove(&request.exec_id);
             }
         }
+        let exit = deleted.map_err(|error| from_sandbox(&error))?;
         Ok(api::DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -356,8 +358,41 @@ impl TaskService for Service {
         Ok(Empty::default())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> Result<Empty> {
-        Err(status(Code::UNIMPLEMENTED, "checkpoints are not supported"))
+    /// Saves the whole pod that the container is in: they share their VM.
+    async fn checkpoint(&self, _: &TtrpcContext, request: api::CheckpointTaskRequest) -> Result<Empty> {
+        let options = CheckpointOptions::parse_from_bytes(&request.options.value).map_err(|error| {
+            let kind = &request.options.type_url;
+            status(
+                Code::INVALID_ARGUMENT,
+                format!("options ({kind}) of the checkpoint: {error}"),
+            )
+        })?;
+        let path = PathBuf::from(&request.path);
+        if !path.is_absolute() {
+            return Err(status(
+                Code::INVALID_ARGUMENT,
+                format!("path {:?} of the checkpoint is not absolute", request.path),
+            ));
+        }
+        let sandbox = self.sandbox()?;
+        // With the Sandbox API no container stands for the pod.
+        if request.id != self.pod.id {
+            sandbox
+                .state(&request.id, "")
+                .map_err(|error| from_sandbox(&error))?;
+        }
+        sandbox
+            .checkpoint(&path)
+            .await
+            .map_err(|error| from_sandbox(&error))?;
+        if options.exit {
+            let kill = libc::SIGKILL.unsigned_abs();
+            sandbox
+                .signal(&request.id, "", kill, true)
+                .await
+                .map_err(|error| from_sandbox(&error))?;
+        }
+        Ok(Empty::default())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<Empty> {

@@ -131,6 +131,8 @@ pub fn run(args: &Args) -> Result<String, StartError> {
     write(&bundle.join(STATE_FILE), state_dir.as_os_str().as_encoded_bytes())?;
     let journal = Journal::create(&state_dir)?;
     let made = make_server(task.as_ref(), &args.id, &place, &journal).and_then(|made| {
+        // For the command line.
+        write(&state_dir.join("address"), place.address().as_bytes())?;
         step(Step::ServerForked, StartError::Input)?;
         Ok(made)
     });

@@ -144,6 +144,24 @@ mod tests {
     }
 
     proptest! {
+        /// An interface's counters arrive under its name, in their order.
+        #[test]
+        fn interfaces_arrive_in_containerd(list in vec(("[a-z0-9.@-]{1,15}", any::<[u64; 8]>()), 0..4)) {
+            let counters: Vec<Counters> = list.iter().map(|(name, numbers)| {
+                let [rx_bytes, rx_packets, rx_errors, rx_dropped, tx_bytes, tx_packets, tx_errors, tx_dropped] = *numbers;
+                Counters {
+                    name: name.clone(), rx_bytes, rx_packets, rx_errors, rx_dropped,
+                    tx_bytes, tx_packets, tx_errors, tx_dropped,
+                }
+            }).collect();
+            let bytes = metrics(&ContainerStats::default(), &counters).write_to_bytes().unwrap();
+            let arrived: Vec<_> = Metrics::parse_from_bytes(&bytes).unwrap().network.into_iter().map(|one| (one.name, [
+                one.rx_bytes, one.rx_packets, one.rx_errors, one.rx_dropped,
+                one.tx_bytes, one.tx_packets, one.tx_errors, one.tx_dropped,
+            ])).collect();
+            prop_assert_eq!(arrived, list);
+        }
+
         /// From the agent's message on its wire to containerd's on its own, every counter of a kernel's file arrives
         /// under its name.
         #[test]

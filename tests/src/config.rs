@@ -83,7 +83,7 @@ impl Config {
         Ok(config)
     }
 
-    /// How many of `number` to start at once, at least one.
+    /// How many of `number` to start at once or to make, at least one.
     #[must_use]
     pub fn crowd(&self, number: u32) -> u32 {
         (number / self.crowd_divisor).max(1)

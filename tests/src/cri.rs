@@ -27,8 +27,8 @@ pub struct Client {
     socket: PathBuf,
 }
 
-/// Seconds on hardware that a call may take.
-const LIMIT: u32 = 60;
+/// Seconds on hardware that a call may take: what a kubelet gives most of them.
+const LIMIT: u32 = 120;
 
 macro_rules! calls {
     ($($(#[$meta:meta])* $name:ident, $method:literal, $request:ident, $answer:ident;)*) => {

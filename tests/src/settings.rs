@@ -132,7 +132,7 @@ fn handlers(plugin: &str, directory: &Path, sandboxers: bool) -> String {
             "[{runtimes}.{name}]\n  runtime_type = \"io.containerd.kata.v2\"\n  \
              privileged_without_host_devices = true\n  \
              privileged_without_host_devices_all_devices_allowed = true\n  \
-             pod_annotations = [\"io.katacontainers.*\"]\n  \
+             pod_annotations = [\"io.katacontainers.*\", \"dev.bulkhead.*\"]\n  \
              container_annotations = [\"io.katacontainers.*\"]\n{more}"
         )
     };

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::agent;
 use bulkhead_protocol::control::{
-    Channel, Event, Fd, Inspection, Reply, Request, RequestMessage, VERSION, VMM_SOCKET_FD, VmConfig,
+    Channel, Event, Fd, Inspection, Reply, Request, RequestMessage, Start, VERSION, VMM_SOCKET_FD, VmConfig,
     VmmMessage,
 };
 use bulkhead_protocol::ports;
@@ -32,6 +33,15 @@ pub struct Vm {
     next_question: u32,
 }
 
+/// A VM written down.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// All but memory.
+    pub state: File,
+    /// Memory.
+    pub memory: File,
+}
+
 impl Vm {
     /// Boots a VM with the kernel and root image of this host, and `parameters` for the kernel.
     ///
@@ -40,13 +50,84 @@ impl Vm {
     #[track_caller]
     #[must_use]
     pub fn boot(vcpus: u8, memory_mib: u32, parameters: &str) -> Self {
-        let settings = fs::read("/etc/bulkhead/config.json").unwrap_or_else(|_| b"{}".to_vec());
-        let settings: Value = serde_json::from_slice(&settings).expect("a configuration");
-        let file = |key: &str, default: &str| settings[key].as_str().unwrap_or(default).to_owned();
-        let open =
-            |path: &str| OwnedFd::from(File::open(path).unwrap_or_else(|error| panic!("{path}: {error}")));
+        let kernel = setting("kernel", "/usr/local/share/bulkhead/vmlinux");
+        let kernel = File::open(&kernel).unwrap_or_else(|error| panic!("{kernel}: {error}"));
+        let start = Start::Kernel {
+            kernel: Fd(3),
+            command_line: parameters.into(),
+        };
+        let mut vm = Self::launch();
+        let booted = vm.begin(
+            start,
+            vec![kernel.into()],
+            vcpus,
+            memory_mib,
+            ports::FIRST_GUEST_CID,
+        );
+        assert!(matches!(booted, Ok(Reply::Booted(_))), "{booted:?}");
+        vm
+    }
+
+    /// Makes a VM from a snapshot of one with as many vCPUs and as much memory, with another context id.
+    ///
+    /// # Errors
+    /// The VMM's refusal.
+    ///
+    /// # Panics
+    /// If the VMM does not answer.
+    #[track_caller]
+    pub fn restore(vcpus: u8, memory_mib: u32, cid: u32, snapshot: &Snapshot) -> Result<Self, String> {
+        let clone = |file: &File| OwnedFd::from(file.try_clone().expect("a descriptor"));
+        let start = Start::Snapshot {
+            state: Fd(3),
+            memory: Fd(4),
+        };
+        let files = vec![clone(&snapshot.state), clone(&snapshot.memory)];
+        let mut vm = Self::launch();
+        vm.begin(start, files, vcpus, memory_mib, cid)?;
+        Ok(vm)
+    }
+
+    /// Writes the VM down, which is paused.
+    ///
+    /// # Panics
+    /// If it cannot be.
+    #[track_caller]
+    pub fn snapshot(&mut self) -> Snapshot {
+        let snapshot = Snapshot {
+            state: scratch_file(),
+            memory: scratch_file(),
+        };
+        let clone = |file: &File| OwnedFd::from(file.try_clone().expect("a descriptor"));
+        let files = vec![
+            clone(&snapshot.state),
+            clone(&snapshot.memory),
+            self.pagemap().into(),
+        ];
+        let request = Request::Snapshot {
+            state: Fd(0),
+            memory: Fd(1),
+            pagemap: Fd(2),
+        };
+        let answer = self.request(request, files);
+        assert!(matches!(answer, Ok(Reply::Done)), "{answer:?}");
+        snapshot
+    }
+
+    /// What memory of the VMM has been touched.
+    ///
+    /// # Panics
+    /// If the VMM has gone.
+    #[track_caller]
+    #[must_use]
+    pub fn pagemap(&self) -> File {
+        File::open(format!("/proc/{}/pagemap", self.child.id())).expect("the VMM runs")
+    }
+
+    /// Starts a VMM that has nothing to do yet.
+    fn launch() -> Self {
         let (channel, theirs) = Channel::pair().expect("a socket pair");
-        let mut command = Command::new(program(settings["vmm"].as_str()));
+        let mut command = Command::new(program());
         let fd = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe and needs no memory.
         unsafe {
@@ -56,26 +137,41 @@ impl Vm {
             });
         }
         let child = command.spawn().expect("the VMM");
-        drop(theirs);
+        let (agent, _) = UnixStream::pair().expect("a socket pair");
+        Vm {
+            child,
+            channel,
+            agent,
+            next_id: 0,
+            next_question: 1,
+        }
+    }
+
+    /// `files` get the numbers from 3 on.
+    fn begin(
+        &mut self,
+        start: Start,
+        files: Vec<OwnedFd>,
+        vcpus: u8,
+        memory_mib: u32,
+        guest_cid: u32,
+    ) -> Result<Reply, String> {
         let (agent, far_end) = UnixStream::pair().expect("a socket pair");
+        self.agent = agent;
         let kvm = File::options().read(true).write(true).open("/dev/kvm");
-        let kernel = file("kernel", "/usr/local/share/bulkhead/vmlinux");
-        let root = file("image", "/usr/local/share/bulkhead/root.erofs");
-        let descriptors = vec![
-            kvm.expect("/dev/kvm").into(),
-            open(&kernel),
-            open(&root),
-            far_end.into(),
-        ];
-        let vm_config = VmConfig {
+        let root = setting("image", "/usr/local/share/bulkhead/root.erofs");
+        let root = File::open(&root).unwrap_or_else(|error| panic!("{root}: {error}"));
+        let mut descriptors: Vec<OwnedFd> = vec![kvm.expect("/dev/kvm").into(), root.into(), far_end.into()];
+        descriptors.extend(files);
+        let config = VmConfig {
             version: VERSION,
             vcpus,
             max_vcpus: vcpus,
             memory_mib,
             kvm: Fd(0),
-            kernel: Fd(1),
-            command_line: parameters.into(),
-            root: Fd(2),
+            start,
+            guest_cid,
+            root: Fd(1),
             console: true,
             disk_slots: 0,
             net_slots: 0,
@@ -83,20 +179,11 @@ impl Vm {
             disks: Vec::new(),
             nets: Vec::new(),
             share: None,
-            vsock_listeners: vec![(ports::AGENT, Fd(3))],
+            vsock_listeners: vec![(ports::AGENT, Fd(2))],
             balloon: true,
             seccomp: true,
         };
-        let mut vm = Vm {
-            child,
-            channel,
-            agent,
-            next_id: 0,
-            next_question: 1,
-        };
-        let booted = vm.request(Request::Boot(Box::new(vm_config)), descriptors);
-        assert!(matches!(booted, Ok(Reply::Booted(_))), "{booted:?}");
-        vm
+        self.request(Request::Boot(Box::new(config)), descriptors)
     }
 
     /// Sends a request and waits for its answer.
@@ -158,12 +245,27 @@ impl Vm {
     /// If the VMM has closed the agent's stream.
     #[track_caller]
     pub fn ask_agent(&mut self) {
+        self.ask("Hello", &[1 << 3, agent::VERSION as u8]);
+    }
+
+    /// Gives the agent of a restored VM the bytes of entropy that it waits for.
+    ///
+    /// # Panics
+    /// If the VMM has closed the agent's stream.
+    #[track_caller]
+    pub fn resume_agent(&mut self, entropy: [u8; 32]) {
+        let mut request = vec![1 << 3, agent::VERSION as u8, 2 << 3 | 2, 32];
+        request.extend(entropy);
+        self.ask("Resume", &request);
+    }
+
+    fn ask(&mut self, method: &str, payload: &[u8]) {
         let mut request = Vec::new();
-        // ttrpc's `Request`: service 1, method 2, payload 3; of `HelloRequest`, version 1.
+        // ttrpc's `Request`: service 1, method 2, payload 3.
         for (field, value) in [
             (1, b"bulkhead.agent.v1.Agent".as_slice()),
-            (2, b"Hello"),
-            (3, &[1 << 3, 1]),
+            (2, method.as_bytes()),
+            (3, payload),
         ] {
             request.extend([field << 3 | 2, u8::try_from(value.len()).expect("short")]);
             request.extend(value);
@@ -196,6 +298,12 @@ impl Vm {
         let length = u32::from_be_bytes([header[0], header[1], header[2], header[3]]);
         let mut body = vec![0; usize::try_from(length).expect("64-bit")];
         self.agent.read_exact(&mut body).expect("a frame of the agent");
+        // ttrpc's `Response`: status 1, which is empty if all is well, payload 2.
+        assert!(
+            !matches!(body[..], [0x0a, 1..=255, ..]),
+            "the agent refuses: {}",
+            String::from_utf8_lossy(&body)
+        );
         true
     }
 
@@ -234,9 +342,27 @@ impl Drop for Vm {
     }
 }
 
+/// A path the configuration of this host gives.
+fn configured(key: &str) -> Option<String> {
+    let settings = fs::read("/etc/bulkhead/config.json").unwrap_or_else(|_| b"{}".to_vec());
+    let settings: Value = serde_json::from_slice(&settings).expect("a configuration");
+    settings[key].as_str().map(str::to_owned)
+}
+
+fn setting(key: &str, default: &str) -> String {
+    configured(key).unwrap_or_else(|| default.to_owned())
+}
+
+/// An empty file without a name, in memory as templates are.
+fn scratch_file() -> File {
+    let fd = nix::sys::memfd::memfd_create(c"snapshot", nix::sys::memfd::MemFdCreateFlag::MFD_CLOEXEC);
+    fd.expect("a file in memory").into()
+}
+
 /// The VMM as the shim finds it.
-fn program(configured: Option<&str>) -> PathBuf {
-    if let Some(path) = configured {
+#[must_use]
+pub fn program() -> PathBuf {
+    if let Some(path) = configured("vmm") {
         return path.into();
     }
     find("bulkhead-vmm", None)

@@ -18,7 +18,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use bulkhead_protocol::control::{
-    Channel, Event, Fd, Request, RequestMessage, VERSION, VMM_PROC_FD, VMM_SOCKET_FD, VmConfig, VmmMessage,
+    Channel, Event, Fd, Request, RequestMessage, Start, VERSION, VMM_PROC_FD, VMM_SOCKET_FD, VmConfig,
+    VmmMessage,
 };
 use bulkhead_protocol::ports;
 
@@ -75,8 +76,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         hotplug_mib: 0,
         memory_mib,
         kvm: Fd(0),
-        kernel: Fd(1),
-        command_line: rest.get(2..).unwrap_or_default().join(" "),
+        start: Start::Kernel {
+            kernel: Fd(1),
+            command_line: rest.get(2..).unwrap_or_default().join(" "),
+        },
+        guest_cid: 3,
         root: Fd(2),
         console: true,
         disk_slots: 1,

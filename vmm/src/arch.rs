@@ -5,3 +5,4 @@ pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod registers;
+pub mod state;

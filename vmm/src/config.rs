@@ -1,6 +1,7 @@
 //! Checks of a VM's configuration, before anything is created.
 
-use bulkhead_protocol::control::{VERSION, VmConfig};
+use bulkhead_protocol::control::{Start, VERSION, VmConfig};
+use bulkhead_protocol::ports;
 
 use crate::arch::layout;
 use crate::virtio::mem;
@@ -28,6 +29,9 @@ pub enum ConfigError {
     /// Memory to grow by.
     #[error("hotplug_mib is {0}; a multiple of {align} is needed", align = mem::ALIGNMENT >> 20)]
     Hotplug(u32),
+    /// Context id of the host or a reserved one.
+    #[error("guest_cid is {0}; {first} and up are possible", first = ports::FIRST_GUEST_CID)]
+    GuestCid(u32),
     /// Kernel parameters.
     #[error("command_line has a character that is not printable ASCII")]
     CommandLine,
@@ -82,10 +86,13 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
     if !(u64::from(config.hotplug_mib) << 20).is_multiple_of(mem::ALIGNMENT) {
         return Err(ConfigError::Hotplug(config.hotplug_mib));
     }
-    if !config
-        .command_line
-        .bytes()
-        .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+    // The highest one is `VMADDR_CID_ANY`.
+    if !(ports::FIRST_GUEST_CID..u32::MAX).contains(&config.guest_cid) {
+        return Err(ConfigError::GuestCid(config.guest_cid));
+    }
+    let printable = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+    if let Start::Kernel { command_line, .. } = &config.start
+        && !command_line.bytes().all(printable)
     {
         return Err(ConfigError::CommandLine);
     }
@@ -120,7 +127,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::control::{Disk, Fd, Net};
+    use bulkhead_protocol::control::{Disk, Fd, Net, Start};
 
     use super::*;
 
@@ -132,8 +139,11 @@ mod tests {
             memory_mib: 128,
             hotplug_mib: 256,
             kvm: Fd(0),
-            kernel: Fd(1),
-            command_line: "quiet a=\"b c\"".into(),
+            start: Start::Kernel {
+                kernel: Fd(1),
+                command_line: "quiet a=\"b c\"".into(),
+            },
+            guest_cid: 3,
             root: Fd(2),
             console: true,
             disk_slots: 2,
@@ -162,7 +172,7 @@ mod tests {
             validate(&config).map_err(|error| error.to_string())
         };
         type Case = (fn(&mut VmConfig), &'static str);
-        let cases: [Case; 13] = [
+        let cases: [Case; 14] = [
             (|config| config.version = 9, "version is 9"),
             (|config| config.vcpus = 0, "vcpus is 0"),
             (|config| config.vcpus = 5, "vcpus is 5"),
@@ -174,7 +184,16 @@ mod tests {
                 "64 to 1048576 are possible",
             ),
             (|config| config.hotplug_mib = 100, "hotplug_mib is 100"),
-            (|config| config.command_line = "a\nb".into(), "command_line"),
+            (|config| config.guest_cid = 2, "guest_cid is 2"),
+            (
+                |config| {
+                    config.start = Start::Kernel {
+                        kernel: Fd(1),
+                        command_line: "a\nb".into(),
+                    }
+                },
+                "command_line",
+            ),
             (|config| config.disk_slots = 1, "slot 1"),
             (|config| config.disk_slots = 16, "disk_slots (16)"),
             (|config| config.net_slots = 16, "net_slots (16)"),

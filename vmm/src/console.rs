@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -59,7 +61,7 @@ impl Trigger for Line {
 }
 
 /// The UART. It has no input.
-pub struct Console(Mutex<Serial<Line, vm_superio::serial::NoEvents, Ring>>);
+pub struct Console(Mutex<Serial<Line, NoEvents, Ring>>);
 
 impl std::fmt::Debug for Console {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -67,10 +69,69 @@ impl std::fmt::Debug for Console {
     }
 }
 
+/// Registers of the UART.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+/// The state cannot be that of a UART.
+#[derive(Debug, thiserror::Error)]
+#[error("State of the console holds {0} bytes of input, more than a UART can")]
+pub struct ConsoleError(usize);
+
 impl Console {
     /// Creates the UART; `interrupt` is the irqfd of [`GSI`], `ring` takes the output.
     pub fn new(interrupt: EventFd, ring: Ring) -> Self {
         Self(Mutex::new(Serial::new(Line(interrupt), ring)))
+    }
+
+    /// Registers for a snapshot. What was put out is not part of it.
+    pub fn save(&self) -> ConsoleState {
+        let state = lock(&self.0).state();
+        ConsoleState {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+
+    /// As [`new`](Self::new), with registers as they were saved.
+    ///
+    /// # Errors
+    /// [`ConsoleError`].
+    pub fn restore(interrupt: EventFd, ring: Ring, state: &ConsoleState) -> Result<Self, ConsoleError> {
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        // Besides, an interrupt that is pending is raised again, and the eventfd takes it.
+        Serial::from_state(&state, Line(interrupt), NoEvents, ring)
+            .map(|serial| Self(Mutex::new(serial)))
+            .map_err(|_| ConsoleError(state.in_buffer.len()))
     }
 
     /// The guest reads register `offset` (0 to 7).

@@ -48,9 +48,15 @@ pub enum JailError {
     Filter(#[source] io::Error),
 }
 
-/// Limits, soft and hard. The size of files has none: disks and files of the shared tree are as large as their file
-/// systems let them be.
-const LIMITS: [(Resource, rlim_t); 2] = [
+/// Largest file in bytes: that of ext4 with blocks of 4 KiB. Block devices are not limited. A write beyond it fails with
+/// `EFBIG`, as SIGXFSZ is ignored.
+pub const FILE_SIZE: rlim_t = 16 << 40;
+
+/// Limits, soft and hard.
+const LIMITS: [(Resource, rlim_t); 3] = [
+    // Disks and files of the shared tree are as large as their file systems let them be, within reason: whoever
+    // controls the VMM is not to make one that no tool of the host can copy or back up.
+    (Resource::RLIMIT_FSIZE, FILE_SIZE),
     // It would hold guest memory.
     (Resource::RLIMIT_CORE, 0),
     // Guest memory is not locked.

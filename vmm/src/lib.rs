@@ -17,6 +17,7 @@ pub mod memory;
 pub mod ports;
 pub mod probe;
 pub mod server;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;
 

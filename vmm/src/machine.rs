@@ -1,20 +1,24 @@
 //! Builds a VM. [`Machine::build`] reads top to bottom as the boot order.
 
+mod devices;
+mod error;
+mod hotplug;
+mod snapshot;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::control::{
-    BootTimes, ChannelError, Disk, ExitReason, Fd, Received, RequestMessage, VMM_PROC_FD, VmConfig,
+    BootTimes, Disk, ExitReason, Fd, Received, RequestMessage, Start, VmConfig,
 };
-use bulkhead_protocol::ports;
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
     kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{cpuid, kernel, layout, mptable, registers};
@@ -23,116 +27,17 @@ use crate::memory::{self, GuestMemory, Image};
 use crate::ports::Ports;
 use crate::vcpu::{Bus, ExitReport, Vcpus};
 use crate::virtio::balloon::Balloon;
-use crate::virtio::block::{Block, DiskError, DiskImage};
-use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mem::{self, Mem};
-use crate::virtio::mmio::{MmioTransport, Slot, TransportError};
-use crate::virtio::net::{Net, NetError, SlotError};
-use crate::virtio::pmem::Pmem;
-use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{Vsock, VsockError};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::block::{Block, DiskImage};
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::net::Net;
+use crate::virtio::vsock::Vsock;
 use crate::{command_line, config, jail};
 
-/// Why a VM could not be built.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// The configuration is wrong.
-    #[error("Invalid VM configuration")]
-    Config(#[source] config::ConfigError),
-    /// The configuration names a descriptor that did not come with it.
-    #[error("Missing descriptor for {what}")]
-    Descriptor {
-        /// Field.
-        what: &'static str,
-        /// Reason.
-        #[source]
-        source: ChannelError,
-    },
-    /// KVM refused.
-    #[error("KVM cannot {what}")]
-    Kvm {
-        /// What was asked.
-        what: &'static str,
-        /// Reason.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// Guest memory and the root image behind it end above what the processor addresses.
-    #[error(
-        "Guest memory is too large: with the root image it ends at {end} MiB, and this processor addresses {limit} MiB"
-    )]
-    AddressSpace {
-        /// End of what the guest needs.
-        end: u64,
-        /// End of what there is.
-        limit: u64,
-    },
-    /// Guest memory.
-    #[error("Cannot set up guest memory")]
-    Memory(#[source] memory::MemoryError),
-    /// Guest memory has no host address.
-    #[error("Cannot find the host address of guest memory")]
-    Address(#[source] vm_memory::GuestMemoryError),
-    /// The kernel.
-    #[error("Cannot prepare the kernel")]
-    Kernel(#[source] kernel::KernelError),
-    /// MP table.
-    #[error("Cannot describe the processors")]
-    MpTable(#[source] mptable::MpTableError),
-    /// Registers.
-    #[error("Cannot initialise a vCPU")]
-    Registers(#[source] registers::RegisterError),
-    /// Disk.
-    #[error("Cannot use the disk of slot {slot}")]
-    Disk {
-        /// Slot.
-        slot: u32,
-        /// Reason.
-        #[source]
-        source: DiskError,
-    },
-    /// Shared tree.
-    #[error("Cannot share a tree")]
-    Fs(#[source] FsError),
-    /// Network.
-    #[error("Cannot set up the network")]
-    Net(#[source] NetError),
-    /// A network device that is there from the start.
-    #[error("Cannot fill a network slot")]
-    NetSlot(#[source] SlotError),
-    /// vsock.
-    #[error("Cannot set up vsock")]
-    Vsock(#[source] VsockError),
-    /// More devices than interrupt lines.
-    #[error("{0} devices are over the limit of {max}", max = layout::MAX_DEVICES)]
-    TooManyDevices(usize),
-    /// The processor cannot address all memory.
-    #[error("hotplug_mib is {0}: the end is beyond the {1} address bits of the host")]
-    AddressBits(u32, u32),
-    /// More memory than there may be.
-    #[error("mib is {0}; the guest can grow by {1}")]
-    HotplugSize(u32, u32),
-    /// Memory device.
-    #[error("Cannot ask the guest to change its memory")]
-    Hotplug(#[source] DeviceError),
-    /// Number of vCPUs.
-    #[error("count is {0}; 1 to max_vcpus ({1}) are possible")]
-    VcpuCount(u8, u8),
-    /// Transport.
-    #[error("Cannot wire a device")]
-    Transport(#[source] TransportError),
-    /// Descriptor, thread, signal.
-    #[error("Cannot get a resource of the host")]
-    Host(#[source] std::io::Error),
-    /// Jail.
-    #[error("Cannot confine the VMM")]
-    Jail(#[source] jail::JailError),
-}
-
-fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
-    move |source| BuildError::Kvm { what, source }
-}
+use devices::Devices;
+use error::kvm;
+pub use error::{BuildError, SnapshotError};
+pub use hotplug::Hotplug;
+use snapshot::Saved;
 
 /// A running VM.
 #[derive(Debug)]
@@ -157,17 +62,30 @@ pub struct Machine {
     pub exit_event: EventFd,
     /// Why the VM ended.
     pub exits: Receiver<ExitReason>,
-    max_vcpus: u8,
+    config: VmConfig,
     supported: CpuId,
+    /// Numbers of the MSRs that a snapshot holds.
+    msrs: Vec<u32>,
+    bus: Arc<Bus>,
+    /// The memory file that the VM was made from.
+    origin: Option<File>,
     vm: VmFd,
-    _image: Image,
+    image: Image,
+}
+
+/// Where the guest's first instruction is.
+enum Origin {
+    /// In a kernel.
+    Kernel { file: File, command_line: String },
+    /// Where it was when it was saved.
+    Snapshot(Box<Saved>),
 }
 
 impl Machine {
     /// Builds the VM the request describes and starts it. `times` gets the end of each phase.
     ///
-    /// The configuration is checked before anything is created. On an error the process is to end: parts
-    /// of the jail may be in place.
+    /// The configuration, and what it begins from, is checked before anything is created. On an error the process is
+    /// to end: parts of the jail may be in place.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -179,21 +97,39 @@ impl Machine {
         config::validate(config).map_err(BuildError::Config)?;
         let mut take = |what, fd| take_fd(request, what, fd);
 
-        // The VM and its memory.
         let kvm_fd = take("kvm", config.kvm)?;
         // SAFETY: the descriptor is owned and given up here; ioctls on anything but /dev/kvm fail.
         let hypervisor = unsafe { Kvm::from_raw_fd(kvm_fd.into_raw_fd()) };
-        let mut kernel_file = File::from(take("kernel", config.kernel)?);
-        kernel::check(&kernel_file).map_err(BuildError::Kernel)?;
         let supported = hypervisor
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("tell its CPUID"))?;
-        let vm = create_vm(&hypervisor)?;
-        disable_performance_monitor(&vm)?;
-        let ram = memory::allocate(config.memory_mib).map_err(BuildError::Memory)?;
-        let mut memory_slots = add_memory(&vm, &ram)?;
+        let msrs = hypervisor.get_msr_index_list();
+        let msrs = msrs.map_err(kvm("tell its MSRs"))?.as_slice().to_vec();
         let image_file = File::from(take("root", config.root)?);
         let image = Image::map(&image_file).map_err(BuildError::Memory)?;
+        let mut origin = match &config.start {
+            Start::Kernel { kernel, command_line } => {
+                let file = File::from(take("kernel", *kernel)?);
+                kernel::check(&file).map_err(BuildError::Kernel)?;
+                let command_line = command_line.clone();
+                Origin::Kernel { file, command_line }
+            }
+            Start::Snapshot { state, memory } => {
+                let state = File::from(take("state", *state)?);
+                let memory = File::from(take("memory", *memory)?);
+                Origin::Snapshot(Box::new(Saved::load(state, memory, config, &image, &supported)?))
+            }
+        };
+
+        // The VM and its memory.
+        let vm = create_vm(&hypervisor)?;
+        disable_performance_monitor(&vm)?;
+        let ram = match &origin {
+            Origin::Kernel { .. } => memory::allocate(config.memory_mib),
+            Origin::Snapshot(saved) => saved.memory(config.memory_mib),
+        }
+        .map_err(BuildError::Memory)?;
+        let mut memory_slots = add_memory(&vm, &ram)?;
         let image_start = layout::persistent_memory_start(config.memory_mib);
         check_address_space(&supported, image_start + image.length)?;
         add_memory_slot(
@@ -204,10 +140,7 @@ impl Machine {
             image.address,
             KVM_MEM_READONLY,
         )?;
-        let supported = hypervisor
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(kvm("tell its CPUID"))?;
-        let (memory, hotplug) = match config.hotplug_mib {
+        let (memory, mut hotplug) = match config.hotplug_mib {
             0 => (ram.clone(), None),
             mib => {
                 let start = layout::hotplug_start(image_start + image.length);
@@ -215,6 +148,9 @@ impl Machine {
                 (memory, Some(hotplug))
             }
         };
+        if let (Some(hotplug), Origin::Snapshot(saved)) = (&mut hotplug, &origin) {
+            saved.add_memory(&vm, &ram, hotplug)?;
+        }
         // Interrupt controllers in the kernel; no PIT, the guest has the TSC-deadline timer.
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(kvm("place its identity map"))?;
@@ -224,107 +160,64 @@ impl Machine {
             .map_err(kvm("create interrupt controllers"))?;
         times.memory = now();
 
-        let entry = kernel::load(&ram, &mut kernel_file).map_err(BuildError::Kernel)?;
+        let entry = match &mut origin {
+            Origin::Kernel { file, .. } => Some(kernel::load(&ram, file).map_err(BuildError::Kernel)?),
+            Origin::Snapshot(_) => None,
+        };
         times.kernel = now();
 
         // Devices, in the order in which the guest needs them.
         let memory = Arc::new(memory);
-        let mut devices: Vec<Arc<Mutex<dyn VirtioDevice>>> =
-            vec![Arc::new(Mutex::new(Pmem::new(0, image_start, image.length)))];
-        let mut vsock = Vsock::new(ports::GUEST_CID).map_err(BuildError::Vsock)?;
-        for (port, fd) in &config.vsock_listeners {
-            vsock
-                .listen(*port, take("vsock_listeners", *fd)?)
-                .map_err(BuildError::Vsock)?;
-        }
-        let vsock = Arc::new(Mutex::new(vsock));
-        devices.push(vsock.clone());
-        let mut fs = None;
-        if let Some(share) = &config.share {
-            let root = File::open("/").map_err(BuildError::Host)?;
-            let proc_self_fd = File::from(own_files()?);
-            let device = Fs::new(0, &share.tag, root, proc_self_fd).map_err(BuildError::Fs)?;
-            let device = Arc::new(Mutex::new(device));
-            devices.push(device.clone());
-            fs = Some(device);
-        }
-        devices.push(Arc::new(Mutex::new(Rng::new())));
-        let balloon = config.balloon.then(|| Arc::new(Mutex::new(Balloon::new())));
-        if let Some(balloon) = &balloon {
-            devices.push(balloon.clone());
-        }
-        if let Some(hotplug) = &hotplug {
-            devices.push(hotplug.device.clone());
-        }
-        let mut nets = Vec::new();
-        for slot in 0..config.net_slots {
-            let mut device = Net::new(slot).map_err(BuildError::Net)?;
-            if let Some(net) = config.nets.get(slot as usize) {
-                let tap = take("nets.tap", net.tap)?;
-                device
-                    .attach(tap, net.mac, net.mtu)
-                    .map_err(BuildError::NetSlot)?;
-            }
-            let device = Arc::new(Mutex::new(device));
-            devices.push(device.clone());
-            nets.push(device);
-        }
-        let mut disks = Vec::new();
-        for slot in 0..config.disk_slots {
-            let disk = config.disks.iter().find(|(place, _)| *place == slot);
-            let disk = match disk {
-                Some((_, disk)) => Some(open_disk(disk, slot, &mut take)?),
-                None => None,
-            };
-            let disk = Arc::new(Mutex::new(Block::new(slot, disk)));
-            devices.push(disk.clone());
-            disks.push(disk);
-        }
-        let slots = (0..devices.len())
-            .map(|index| Slot::new(index).ok_or(BuildError::TooManyDevices(devices.len())))
-            .collect::<Result<Vec<_>, _>>()?;
-        let transports = devices
-            .into_iter()
-            .zip(&slots)
-            .map(|(device, slot)| {
-                let transport = MmioTransport::new(device, memory.clone())?;
-                transport.connect(&vm, *slot)?;
-                Ok(Arc::new(transport))
-            })
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(BuildError::Transport)?;
+        let devices = Devices::new(config, (image_start, image.length), hotplug.as_ref(), &mut take)?;
+        let (transports, slots) = devices.connect(&vm, &memory)?;
         let ring = Ring::default();
-        let serial = config.console.then(|| connect_console(&vm, &ring)).transpose()?;
+        let serial = config
+            .console
+            .then(|| connect_console(&vm, &ring, &origin))
+            .transpose()?;
         times.devices = now();
 
-        // What the kernel finds in memory, and the processors.
-        let line = command_line::build(
-            config.console,
-            config.vcpus,
-            config.max_vcpus,
-            config.hotplug_mib > 0,
-            &slots,
-            &config.command_line,
-        );
-        kernel::write_boot_data(&ram, &line).map_err(BuildError::Kernel)?;
-        mptable::write(&ram, config.max_vcpus).map_err(BuildError::MpTable)?;
-        // The others are made when they are wanted.
+        // What the kernel finds in memory, and the processors. The others are made when they are wanted.
         let vcpus = (0..config.vcpus)
             .map(|id| create_vcpu(&vm, &supported, id, config.max_vcpus))
             .collect::<Result<Vec<_>, _>>()?;
-        registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
+        match (&origin, entry) {
+            (Origin::Kernel { command_line, .. }, Some(entry)) => {
+                let line = command_line::build(
+                    config.console,
+                    config.vcpus,
+                    config.max_vcpus,
+                    config.hotplug_mib > 0,
+                    &slots,
+                    command_line,
+                );
+                kernel::write_boot_data(&ram, &line).map_err(BuildError::Kernel)?;
+                mptable::write(&ram, config.max_vcpus).map_err(BuildError::MpTable)?;
+                registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
+            }
+            (Origin::Snapshot(saved), _) => saved.restore(&vm, &vcpus, &transports)?,
+            (Origin::Kernel { .. }, None) => {}
+        }
 
         // Nothing of the host is needed any more, and no other thread exists yet.
         jail::enter().map_err(BuildError::Jail)?;
-        drop((hypervisor, kernel_file, image_file));
+        drop((hypervisor, image_file));
         // The file server's calls are not among this thread's: it begins before they are taken from this one.
-        if let Some(fs) = &fs {
+        if let Some(fs) = &devices.fs {
             let mut fs = fs.lock().unwrap_or_else(PoisonError::into_inner);
             fs.start_thread(config.seccomp).map_err(BuildError::Host)?;
         }
         if config.seccomp {
             jail::confine(jail::Thread::Main).map_err(BuildError::Jail)?;
         }
+        // Last, for what devices have to say to the guest is said by interrupts.
+        if let Origin::Snapshot(saved) = &origin {
+            saved.start(&transports)?;
+        }
+        let origin = match origin {
+            Origin::Snapshot(saved) => Some(saved.into_memory()),
+            Origin::Kernel { .. } => None,
+        };
 
         let bus = Arc::new(Bus {
             ports: Ports::new(serial, memory),
@@ -337,22 +230,25 @@ impl Machine {
             reasons,
             event: exit_event.try_clone().map_err(BuildError::Host)?,
         };
-        let vcpus = Vcpus::start(vcpus, bus, report, config.seccomp).map_err(BuildError::Host)?;
+        let vcpus = Vcpus::start(vcpus, bus.clone(), report, config.seccomp).map_err(BuildError::Host)?;
         Ok(Self {
             devices: transports,
-            vsock,
-            disks,
-            nets,
-            balloon,
+            vsock: devices.vsock,
+            disks: devices.disks,
+            nets: devices.nets,
+            balloon: devices.balloon,
             hotplug,
             vcpus,
             console: ring,
             exit_event,
             exits,
-            max_vcpus: config.max_vcpus,
+            config: config.clone(),
             supported,
+            msrs,
+            bus,
+            origin,
             vm,
-            _image: image,
+            image,
         })
     }
 
@@ -361,11 +257,12 @@ impl Machine {
     /// # Errors
     /// [`BuildError`]; those made stay.
     pub fn add_vcpus(&mut self, count: u8) -> Result<(), BuildError> {
-        if count == 0 || count > self.max_vcpus {
-            return Err(BuildError::VcpuCount(count, self.max_vcpus));
+        let max = self.config.max_vcpus;
+        if count == 0 || count > max {
+            return Err(BuildError::VcpuCount(count, max));
         }
         for id in self.vcpus.len() as u8..count {
-            let vcpu = create_vcpu(&self.vm, &self.supported, id, self.max_vcpus)?;
+            let vcpu = create_vcpu(&self.vm, &self.supported, id, max)?;
             self.vcpus.add(vcpu).map_err(BuildError::Host)?;
         }
         Ok(())
@@ -381,71 +278,6 @@ impl Machine {
             None if mib == 0 => Ok(()),
             None => Err(BuildError::HotplugSize(mib, 0)),
         }
-    }
-}
-
-/// Memory that the guest can get while it runs.
-#[derive(Debug)]
-pub struct Hotplug {
-    /// The device.
-    pub device: Arc<Mutex<Mem>>,
-    start: u64,
-    size: u64,
-    /// Where the range is mapped in this process.
-    host: u64,
-    /// Bytes from its start that KVM knows.
-    registered: u64,
-    /// Memory slots in use.
-    slots: u32,
-}
-
-impl Hotplug {
-    /// Maps `mib` MiB at guest-physical `start`; also `ram` with it. `slots` memory slots are in use.
-    fn new(
-        ram: &GuestMemory,
-        start: u64,
-        mib: u32,
-        slots: u32,
-        supported: &CpuId,
-    ) -> Result<(GuestMemory, Self), BuildError> {
-        let size = u64::from(mib) << 20;
-        let bits = cpuid::address_bits(supported);
-        if (start + size) >> bits != 0 {
-            return Err(BuildError::AddressBits(mib, bits));
-        }
-        let memory = memory::with_hotplug(ram, start, mib).map_err(BuildError::Memory)?;
-        let host = memory
-            .get_host_address(GuestAddress(start))
-            .map_err(BuildError::Address)? as u64;
-        let hotplug = Self {
-            device: Arc::new(Mutex::new(Mem::new(start, size))),
-            start,
-            size,
-            host,
-            registered: 0,
-            slots,
-        };
-        Ok((memory, hotplug))
-    }
-
-    fn request(&mut self, vm: &VmFd, mib: u32) -> Result<(), BuildError> {
-        let wanted = u64::from(mib) << 20;
-        if wanted > self.size {
-            return Err(BuildError::HotplugSize(mib, (self.size >> 20) as u32));
-        }
-        let usable = wanted.next_multiple_of(mem::ALIGNMENT).min(self.size);
-        // KVM keeps books about all of a slot: only what may be used is in one.
-        if usable > self.registered {
-            let added = self.registered;
-            let (guest, host) = (self.start + added, self.host + added);
-            add_memory_slot(vm, &mut self.slots, guest, usable - added, host, 0)?;
-            self.registered = usable;
-        }
-        self.device
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .request(wanted, usable)
-            .map_err(BuildError::Hotplug)
     }
 }
 
@@ -469,16 +301,6 @@ pub fn take_fd(
     request
         .take(fd)
         .map_err(|source| BuildError::Descriptor { what, source })
-}
-
-/// The inherited directory of this process's descriptors.
-fn own_files() -> Result<OwnedFd, BuildError> {
-    // SAFETY: fcntl only asks whether the descriptor exists.
-    if unsafe { libc::fcntl(VMM_PROC_FD, libc::F_GETFD) } < 0 {
-        return Err(BuildError::Host(std::io::Error::last_os_error()));
-    }
-    // SAFETY: it exists, is meant for this, and a VM is built once in a process.
-    Ok(unsafe { OwnedFd::from_raw_fd(VMM_PROC_FD) })
 }
 
 /// Opens the files of a disk.
@@ -577,11 +399,14 @@ fn add_memory_slot(
     Ok(())
 }
 
-fn connect_console(vm: &VmFd, ring: &Ring) -> Result<Console, BuildError> {
+fn connect_console(vm: &VmFd, ring: &Ring, origin: &Origin) -> Result<Console, BuildError> {
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
     vm.register_irqfd(&interrupt, console::GSI)
         .map_err(kvm("connect the console's interrupt"))?;
-    Ok(Console::new(interrupt, ring.clone()))
+    match origin {
+        Origin::Snapshot(saved) => saved.console(interrupt, ring.clone()),
+        Origin::Kernel { .. } => Ok(Console::new(interrupt, ring.clone())),
+    }
 }
 
 fn create_vcpu(vm: &VmFd, supported: &CpuId, id: u8, count: u8) -> Result<VcpuFd, BuildError> {

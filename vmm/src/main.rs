@@ -32,10 +32,14 @@ fn main() -> ExitCode {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         libc::prctl(libc::PR_SET_DUMPABLE, 0);
     }
-    // SAFETY: ignoring a signal runs no handler.
-    if let Err(errno) = unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) } {
-        eprintln!("bulkhead-vmm: cannot ignore SIGPIPE: {errno}");
-        return ExitCode::FAILURE;
+    // Both come as errors of the write as well: a reader that has gone, and the end of the largest file (the guest
+    // chooses where it writes).
+    for ignored in [Signal::SIGPIPE, Signal::SIGXFSZ] {
+        // SAFETY: ignoring a signal runs no handler.
+        if let Err(errno) = unsafe { signal(ignored, SigHandler::SigIgn) } {
+            eprintln!("bulkhead-vmm: cannot ignore {ignored}: {errno}");
+            return ExitCode::FAILURE;
+        }
     }
     // One heap for all threads: to give back memory of another one the C library looks into /proc, which there is none of
     // and which no thread's system calls allow. It also takes less memory.

@@ -1,10 +1,13 @@
-//! Guest memory: anonymous, private, never in a core dump.
+//! Guest memory: private, anonymous or over a snapshot's file, never in a core dump.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::{io, ptr};
 
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion,
+};
 
 use crate::arch::layout;
 
@@ -33,6 +36,20 @@ pub enum MemoryError {
     /// An address does not exist in the mapping just made.
     #[error("Cannot find guest memory just mapped")]
     Address(#[source] vm_memory::GuestMemoryError),
+    /// The memory file of a snapshot has another length.
+    #[error("Memory file has {found} bytes; {wanted} are needed")]
+    FileLength {
+        /// Bytes it has.
+        found: u64,
+        /// Bytes it should have.
+        wanted: u64,
+    },
+    /// The memory file could not be mapped.
+    #[error("Cannot map a memory file")]
+    MapFile(#[source] io::Error),
+    /// As above.
+    #[error("Cannot map guest memory from a file")]
+    Region(#[source] vm_memory::mmap::MmapRegionError),
     /// `madvise` failed.
     #[error("Cannot keep guest memory out of core dumps")]
     Advise(#[source] io::Error),
@@ -69,8 +86,70 @@ pub fn with_hotplug(memory: &GuestMemory, start: u64, mib: u32) -> Result<GuestM
     memory.insert_region(region).map_err(MemoryError::Insert)
 }
 
+/// Maps `mib` MiB of guest memory as it is in `file`, placed as by [`allocate`]. What the guest writes stays private.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn map_file(mib: u32, file: &File) -> Result<GuestMemory, MemoryError> {
+    let file = file.try_clone().map_err(MemoryError::MapFile)?;
+    let file = std::sync::Arc::new(file);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, size) in layout::ram_ranges(mib) {
+        let place = FileOffset::from_arc(file.clone(), offset);
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mapping = MmapRegion::build(Some(place), size, libc::PROT_READ | libc::PROT_WRITE, flags)
+            .map_err(MemoryError::Region)?;
+        let region = GuestRegionMmap::new(mapping, start);
+        // It lies as a layout does, below the end of addresses.
+        regions.push(region.ok_or(MemoryError::Address(GuestMemoryError::InvalidGuestAddress(start)))?);
+        offset += size as u64;
+    }
+    let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Insert)?;
+    keep_out_of_dumps(&memory)?;
+    Ok(memory)
+}
+
+/// Replaces `length` bytes at `address` of this process, a part of guest memory, by those of `file` from `offset` on.
+///
+/// # Errors
+/// [`MemoryError::MapFile`].
+pub fn map_over(address: u64, length: u64, file: &File, offset: u64) -> Result<(), MemoryError> {
+    if length == 0 {
+        return Ok(());
+    }
+    let start = address as *mut libc::c_void;
+    let failed = || MemoryError::MapFile(io::Error::last_os_error());
+    let offset = i64::try_from(offset).map_err(|_| failed())?;
+    // SAFETY: the range is guest memory, of which there are no Rust references; the mapping that takes its place is as
+    // long, and as writable.
+    let mapped = unsafe {
+        libc::mmap(
+            start,
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(failed());
+    }
+    // SAFETY: exactly the mapping just made, and the advice changes no content.
+    if unsafe { libc::madvise(start, length as usize, libc::MADV_DONTDUMP) } != 0 {
+        return Err(MemoryError::Advise(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
 fn map(mib: u32, ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryError> {
     let memory = GuestMemory::from_ranges(ranges).map_err(|source| MemoryError::Map { mib, source })?;
+    keep_out_of_dumps(&memory)?;
+    Ok(memory)
+}
+
+fn keep_out_of_dumps(memory: &GuestMemory) -> Result<(), MemoryError> {
     for region in memory.iter() {
         let start = region
             .get_host_address(MemoryRegionAddress(0))
@@ -80,7 +159,7 @@ fn map(mib: u32, ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, Memory
             return Err(MemoryError::Advise(io::Error::last_os_error()));
         }
     }
-    Ok(memory)
+    Ok(())
 }
 
 /// A read-only shared mapping of a file for the whole life of the process: every VM that maps the same

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bulkhead_protocol::control::{ExitReason, POWER_OFF, POWER_PORT};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::console::{self, Console};
+use crate::console::{self, Console, ConsoleState};
 use crate::memory::GuestMemory;
 
 /// Command and status port of the keyboard controller.
@@ -22,13 +22,19 @@ const WARM: u16 = 0x1234;
 #[derive(Debug)]
 pub struct Ports {
     console: Option<Console>,
-    memory: Arc<GuestMemory>,
+    /// Guest memory, all of it.
+    pub memory: Arc<GuestMemory>,
 }
 
 impl Ports {
     /// Wires the ports.
     pub fn new(console: Option<Console>, memory: Arc<GuestMemory>) -> Self {
         Self { console, memory }
+    }
+
+    /// State of the console, if there is one, for a snapshot.
+    pub fn save(&self) -> Option<ConsoleState> {
+        self.console.as_ref().map(Console::save)
     }
 
     /// The guest reads.

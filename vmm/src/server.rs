@@ -1,19 +1,20 @@
 //! The VMM process: one control socket, one VM, one event loop.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::control::{
-    BootTimes, Channel, ChannelError, DeviceStatus, Event, Exit, ExitReason, Inspection, Received, Reply,
-    Request, RequestMessage, VmmMessage,
+    BootTimes, Booted, Channel, ChannelError, DeviceStatus, Event, Exit, ExitReason, Inspection, Received,
+    Reply, Request, RequestMessage, VmmMessage,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use crate::error_chain;
 use crate::event_loop::{DeviceLoop, wait, watch};
-use crate::machine::{BuildError, Machine, now, open_disk, take_fd};
+use crate::machine::{BuildError, Machine, SnapshotError, now, open_disk, take_fd};
 use crate::virtio::vsock::VsockEvent;
 
 /// Epoll data of the main loop.
@@ -81,11 +82,13 @@ pub fn serve(channel: &Channel, started: u64) -> Result<(), ServerError> {
         }
     };
     drop(request);
+    let devices = machine.devices.iter().map(|device| device.name().to_owned());
+    let devices = devices.collect();
     send(
         channel,
         &VmmMessage::Reply {
             id,
-            result: Ok(Reply::Booted(times)),
+            result: Ok(Reply::Booted(Booted { times, devices })),
         },
     )?;
     Server::new(channel, machine)?.run()
@@ -268,6 +271,24 @@ impl<'a> Server<'a> {
             }
             Request::SetMemory { mib } => {
                 self.machine.set_memory(mib).map_err(|error| text(&error))?;
+            }
+            Request::Snapshot {
+                state,
+                memory,
+                pagemap,
+            } => {
+                let mut take = |what, fd| {
+                    let file = take_fd(request, what, fd).map(File::from);
+                    file.map_err(|error| text(&error))
+                };
+                let (mut state, memory) = (take("state", state)?, take("memory", memory)?);
+                let pagemap = take("pagemap", pagemap)?;
+                if !self.paused {
+                    return Err(text(&SnapshotError::Running));
+                }
+                self.machine
+                    .save(&mut state, &memory, &pagemap)
+                    .map_err(|error| text(&error))?;
             }
             Request::Inspect => return Ok(Some(Reply::Inspected(self.inspect()))),
         }

@@ -1,5 +1,8 @@
 //! Threads that run the vCPUs.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
@@ -16,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::arch::layout;
+use crate::arch::state::{StateError, VcpuState};
 use crate::error_chain;
 use crate::jail::{self, Thread};
 use crate::ports::Ports;
@@ -114,6 +118,8 @@ pub struct Vcpus {
     report: ExitReport,
     confined: bool,
     threads: Vec<(JoinHandle<()>, ImmediateExit)>,
+    /// Each locked by its thread but for pauses.
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
 }
 
 impl Vcpus {
@@ -130,6 +136,7 @@ impl Vcpus {
             report,
             confined,
             threads: Vec::new(),
+            vcpus: Vec::new(),
         };
         for vcpu in vcpus {
             started.add(vcpu)?;
@@ -155,6 +162,8 @@ impl Vcpus {
         let immediate_exit = ImmediateExit(ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit).cast());
         let (bus, gate, report) = (self.bus.clone(), self.gate.clone(), self.report.try_clone()?);
         let confined = self.confined;
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let for_thread = vcpu.clone();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", self.threads.len()))
             .stack_size(STACK_SIZE)
@@ -166,14 +175,15 @@ impl Vcpus {
                 } else {
                     Ok(())
                 } {
-                    Ok(()) => run(&mut vcpu, &bus, &gate, immediate_exit, &report),
+                    Ok(()) => run(&for_thread, &bus, &gate, immediate_exit, &report),
                     Err(error) => report.send(ExitReason::VmmError(error_chain(&error))),
                 }
                 gate.leave();
                 // Its page must stay mapped for `ImmediateExit`.
-                std::mem::forget(vcpu);
+                std::mem::forget(for_thread);
             })?;
         self.threads.push((thread, immediate_exit));
+        self.vcpus.push(vcpu);
         Ok(())
     }
 
@@ -212,6 +222,26 @@ impl Vcpus {
         }
         self.gate.changed.notify_all();
     }
+
+    /// Frequency of the first vCPU's time-stamp counter in kHz, in a pause.
+    ///
+    /// # Errors
+    /// KVM cannot tell.
+    pub fn tsc_khz(&self) -> Result<u32, kvm_ioctls::Error> {
+        match self.vcpus.first() {
+            Some(vcpu) => lock(vcpu).get_tsc_khz(),
+            None => Err(kvm_ioctls::Error::new(libc::ENXIO)),
+        }
+    }
+
+    /// State of all vCPUs in order, in a pause; `msrs` as in [`VcpuState::save`].
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>, StateError> {
+        let vcpus = self.vcpus.iter();
+        vcpus.map(|vcpu| VcpuState::save(&lock(vcpu), msrs)).collect()
+    }
 }
 
 /// Does nothing: the signal is there to interrupt `KVM_RUN`.
@@ -237,13 +267,14 @@ impl Gate {
     }
 }
 
-fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit, report: &ExitReport) {
+fn run(shared: &Mutex<VcpuFd>, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit, report: &ExitReport) {
+    let mut vcpu = lock(shared);
     loop {
-        if gate.wanted.load(Ordering::Relaxed) != RUN {
-            gate.wait(immediate_exit);
-            // The guest's watchdogs shall not take the pause for a hang. KVM refuses with EINVAL as long as
-            // the guest has no clock of KVM's, and nothing is lost then.
-            let _ = vcpu.kvmclock_ctrl();
+        let pausing = gate.wanted.load(Ordering::Relaxed) != RUN;
+        if pausing {
+            // What a device answered reaches the guest's registers by the next call; it must be there before they
+            // are saved (Linux Documentation/virt/kvm/api.rst, KVM_RUN).
+            immediate_exit.set(1);
         }
         let reason = match vcpu.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -266,8 +297,17 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate, immediate_exit: ImmediateExit,
             Ok(VcpuExit::FailEntry(reason, cpu)) => Some(ExitReason::KvmError(format!(
                 "entry failed with hardware reason {reason:#x} on CPU {cpu}"
             ))),
-            Ok(VcpuExit::InternalError) => Some(internal_error(vcpu)),
+            Ok(VcpuExit::InternalError) => Some(internal_error(&mut vcpu)),
             Ok(other) => Some(ExitReason::KvmError(format!("unexpected exit {other:?}"))),
+            Err(error) if pausing && error.errno() == libc::EINTR => {
+                drop(vcpu);
+                gate.wait(immediate_exit);
+                vcpu = lock(shared);
+                // The guest's watchdogs shall not take the pause for a hang. KVM refuses with EINVAL as long as
+                // the guest has no clock of KVM's, and nothing is lost then.
+                let _ = vcpu.kvmclock_ctrl();
+                None
+            }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) if error.errno() == libc::EFAULT => Some(ExitReason::KvmError(
                 "a page behind the guest's memory is gone: the root image was truncated, or cannot be read"
@@ -301,71 +341,4 @@ fn internal_error(vcpu: &mut VcpuFd) -> ExitReason {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-
-    use super::*;
-
-    #[test]
-    fn a_vcpu_that_does_not_stop_in_time_runs_on_after_the_resume() {
-        register_signal_handler(SIGRTMIN(), interrupt).unwrap();
-        let flag = Box::leak(Box::new(AtomicU8::new(0)));
-        let (busy, done) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || {
-            let _ = done.recv();
-        });
-        let memory = Arc::new(crate::memory::allocate(64).unwrap());
-        let vcpus = Vcpus {
-            gate: Arc::default(),
-            bus: Arc::new(Bus {
-                ports: Ports::new(None, memory),
-                devices: Vec::new(),
-            }),
-            report: ExitReport {
-                reasons: std::sync::mpsc::channel().0,
-                event: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-            },
-            confined: false,
-            threads: vec![(thread, ImmediateExit(ptr::from_ref::<AtomicU8>(flag)))],
-        };
-        assert_eq!(vcpus.pause().unwrap_err().kind(), io::ErrorKind::TimedOut);
-        assert_eq!(flag.load(Ordering::SeqCst), 1);
-        vcpus.resume();
-        assert_eq!(flag.load(Ordering::SeqCst), 0);
-        assert_eq!(vcpus.gate.wanted.load(Ordering::SeqCst), RUN);
-        drop(busy);
-        for (thread, _) in vcpus.threads {
-            thread.join().unwrap();
-        }
-    }
-
-    #[test]
-    fn ended_vcpus_do_not_hold_up_a_pause() {
-        let gate = Arc::new(Gate::default());
-        let flags = [AtomicU8::new(1), AtomicU8::new(1)].map(Box::new).map(Box::leak);
-        gate.wanted.store(PAUSE, Ordering::SeqCst);
-        let threads = flags.each_ref().map(|flag| {
-            let (gate, immediate_exit) = (gate.clone(), ImmediateExit(ptr::from_ref::<AtomicU8>(flag)));
-            std::thread::spawn(move || {
-                let immediate_exit = immediate_exit;
-                gate.wait(immediate_exit);
-            })
-        });
-        gate.leave();
-        let mut parked = lock(&gate.parked);
-        while *parked < 3 {
-            parked = gate.changed.wait(parked).unwrap();
-        }
-        drop(parked);
-        gate.wanted.store(RUN, Ordering::SeqCst);
-        gate.changed.notify_all();
-        for thread in threads {
-            thread.join().unwrap();
-        }
-        assert_eq!(*lock(&gate.parked), 1);
-        assert_eq!(flags.map(|flag| flag.load(Ordering::SeqCst)), [0, 0]);
-    }
 }

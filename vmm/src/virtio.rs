@@ -12,6 +12,7 @@ pub mod net;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
+mod state;
 #[cfg(any(test, fuzzing))]
 pub mod test_queue;
 pub mod vsock;
@@ -19,3 +20,4 @@ pub mod worker;
 
 pub use device::{Activation, DeviceError, Turn, VirtioDevice};
 pub use interrupt::Interrupt;
+pub use state::{DeviceState, RestoreError};

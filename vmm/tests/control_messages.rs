@@ -25,9 +25,16 @@ fn share() -> impl Strategy<Value = Share> {
     ".{0,40}".prop_map(|tag| Share { tag })
 }
 
+fn start() -> impl Strategy<Value = Start> {
+    prop_oneof![
+        (fd(), ".{0,60}").prop_map(|(kernel, command_line)| Start::Kernel { kernel, command_line }),
+        (fd(), fd()).prop_map(|(state, memory)| Start::Snapshot { state, memory }),
+    ]
+}
+
 fn config() -> impl Strategy<Value = VmConfig> {
-    let size = (any::<[u32; 5]>(), any::<[u8; 2]>(), any::<[bool; 3]>());
-    let places = (fd(), fd(), fd(), ".{0,60}");
+    let size = (any::<[u32; 6]>(), any::<[u8; 2]>(), any::<[bool; 3]>());
+    let places = (fd(), start(), fd());
     let disks = vec((any::<u32>(), disk()), 0..4);
     let listeners = vec((any::<u32>(), fd()), 0..4);
     (
@@ -39,15 +46,8 @@ fn config() -> impl Strategy<Value = VmConfig> {
         listeners,
     )
         .prop_map(
-            |(
-                (numbers, vcpus, flags),
-                (kvm, kernel, root, command_line),
-                disks,
-                nets,
-                share,
-                vsock_listeners,
-            )| {
-                let [version, memory_mib, hotplug_mib, disk_slots, net_slots] = numbers;
+            |((numbers, vcpus, flags), (kvm, start, root), disks, nets, share, vsock_listeners)| {
+                let [version, memory_mib, hotplug_mib, disk_slots, net_slots, guest_cid] = numbers;
                 VmConfig {
                     version,
                     vcpus: vcpus[0],
@@ -55,8 +55,7 @@ fn config() -> impl Strategy<Value = VmConfig> {
                     memory_mib,
                     hotplug_mib,
                     kvm,
-                    kernel,
-                    command_line,
+                    start,
                     root,
                     console: flags[0],
                     disk_slots,
@@ -64,6 +63,7 @@ fn config() -> impl Strategy<Value = VmConfig> {
                     net_slots,
                     nets,
                     share,
+                    guest_cid,
                     vsock_listeners,
                     balloon: flags[1],
                     seccomp: flags[2],
@@ -88,6 +88,11 @@ fn request() -> impl Strategy<Value = Request> {
         number.prop_map(|mib| Request::SetBalloon { mib }),
         any::<u8>().prop_map(|count| Request::AddVcpus { count }),
         number.prop_map(|mib| Request::SetMemory { mib }),
+        (fd(), fd(), fd()).prop_map(|(state, memory, pagemap)| Request::Snapshot {
+            state,
+            memory,
+            pagemap,
+        }),
         Just(Request::Inspect),
     ]
 }
@@ -136,7 +141,8 @@ fn event() -> impl Strategy<Value = Event> {
 fn message() -> impl Strategy<Value = VmmMessage> {
     let reply = prop_oneof![
         Just(Reply::Done),
-        boot_times().prop_map(Reply::Booted),
+        (boot_times(), vec(".{0,8}", 0..4))
+            .prop_map(|(times, devices)| Reply::Booted(Booted { times, devices })),
         inspection().prop_map(Reply::Inspected),
     ];
     let result = prop_oneof![reply.prop_map(Ok), ".{0,60}".prop_map(Err)];

@@ -122,6 +122,14 @@ pub fn program() -> std::ffi::OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
+/// A command of the cargo that runs this program, for work that gives way to emulated hosts: they have deadlines.
+#[must_use]
+pub fn in_background() -> Command {
+    let mut command = Command::new("nice");
+    command.arg("-n10").arg(program());
+    command
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cache;
 use crate::cargo;
@@ -23,23 +23,6 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 /// Where the image of `--image` is in the emulated host.
 const OWN_IMAGE: &str = "/opt/images/own.tar";
-
-/// Names of phases in the timeline that are worth more than their identifier.
-const PHASES: [(&str, &str); 13] = [
-    ("shim_start", "shim started"),
-    ("shim_ready", "shim ready"),
-    ("create_called", "containerd asks for the container"),
-    ("vmm_spawned", "VMM process started"),
-    ("vmm_memory", "guest memory mapped"),
-    ("vmm_kernel_loaded", "kernel loaded"),
-    ("vmm_devices", "devices ready"),
-    ("vm_running", "virtual machine runs"),
-    ("agent_main", "kernel has booted, agent runs"),
-    ("agent_ready", "agent ready"),
-    ("sandbox_ready", "sandbox ready"),
-    ("container_created", "container created"),
-    ("first_output", "first output"),
-];
 
 /// Arguments of `cargo xtask demo`.
 #[derive(Args, Debug)]
@@ -74,17 +57,27 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         Place::Here => here(&progress, &artifacts, image, &out),
         Place::Emulated => emulated(&progress, &artifacts, image, &out),
     };
-    let timeline = fs::read(out.join("timeline/demo-uname.json"));
+    let timeline = out.join("timeline/demo-uname.json");
+    let shown = timeline.exists().then(|| show(&artifacts, &timeline));
     fs::remove_dir_all(&out).with_context(|| format!("cannot remove {}", out.display()))?;
     let code = code?;
-    if let Ok(timeline) = timeline {
-        let timeline = serde_json::from_slice(&timeline).context("cannot read the timeline")?;
-        println!("\n{}", table(&timeline));
-        if place == Place::Emulated {
-            println!("Times of the emulated host are not those of hardware.");
-        }
+    shown.transpose()?;
+    if place == Place::Emulated {
+        println!("Times of the emulated host are not those of hardware.");
     }
     Ok(ExitCode::from(code))
+}
+
+/// Prints a timeline as `bulkhead timeline` does.
+fn show(artifacts: &Artifacts, timeline: &Path) -> Result<()> {
+    println!();
+    let status = Command::new(&artifacts.cli)
+        .args(["timeline", "--file"])
+        .arg(timeline)
+        .status()
+        .with_context(|| format!("cannot run {}", artifacts.cli.display()))?;
+    ensure!(status.success(), "the timeline cannot be shown ({status})");
+    Ok(())
 }
 
 fn emulated(progress: &Progress, artifacts: &Artifacts, image: Option<&Path>, out: &Path) -> Result<u8> {
@@ -136,56 +129,4 @@ fn here(progress: &Progress, artifacts: &Artifacts, image: Option<&Path>, out: &
         .code()
         .and_then(|code| u8::try_from(code).ok())
         .unwrap_or(1))
-}
-
-/// The marks of a timeline, each with the time since the first and since the one before.
-fn table(timeline: &Value) -> String {
-    let marks = timeline["marks"].as_array().map_or(&[][..], Vec::as_slice);
-    let time = |mark: &Value| mark["monotonic_us"].as_u64().unwrap_or(0);
-    let start = marks.first().map_or(0, time);
-    let mut before = start;
-    let mut text = format!("{:>10}  {:>10}  phase\n", "ms", "+ms");
-    for mark in marks {
-        let now = time(mark);
-        let phase = mark["phase"].as_str().unwrap_or("?");
-        let name = PHASES
-            .iter()
-            .find(|(identifier, _)| *identifier == phase)
-            .map_or_else(|| phase.replace('_', " "), |(_, name)| (*name).to_owned());
-        text += &format!(
-            "{:>10}  {:>10}  {name}\n",
-            milliseconds(now.saturating_sub(start)),
-            milliseconds(now.saturating_sub(before))
-        );
-        before = now;
-    }
-    text
-}
-
-fn milliseconds(microseconds: u64) -> String {
-    format!("{}.{}", microseconds / 1000, microseconds % 1000 / 100)
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::table;
-
-    #[test]
-    fn a_timeline_is_shown_from_its_start() {
-        let timeline = json!({"sandbox": "x", "marks": [
-            {"phase": "shim_start", "monotonic_us": 1_000_000},
-            {"phase": "some_step", "monotonic_us": 1_002_500},
-            {"phase": "first_output", "monotonic_us": 1_112_600},
-        ]});
-        let expected = [
-            "        ms         +ms  phase",
-            "       0.0         0.0  shim started",
-            "       2.5         2.5  some step",
-            "     112.6       110.1  first output",
-            "",
-        ];
-        assert_eq!(table(&timeline), expected.join("\n"));
-    }
 }

@@ -11,7 +11,6 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::cache::{self, Key};
 use crate::cargo;
 use crate::packages;
 use crate::progress::Progress;
@@ -119,7 +118,6 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     };
     let progress = Progress::new(1 + chosen.len());
     let programs = build(&progress)?;
-    println!("programs: {}", programs.display());
     let mut clean = true;
     let mut table = String::new();
     for target in &chosen {
@@ -158,12 +156,7 @@ pub fn targets() -> Result<Vec<String>> {
 pub fn build(progress: &Progress) -> Result<PathBuf> {
     progress.step("fuzz targets", |_| {
         packages::ensure(packages::PROGRAMS)?;
-        // The dependencies take minutes, so they are kept for the next clone.
-        let key = Key::new()
-            .with_file(&workspace::path("fuzz/Cargo.lock"))?
-            .with_file(&workspace::path("fuzz/Cargo.toml"))?
-            .text();
-        let folder = cache::directory("fuzz")?.join(key);
+        let folder = workspace::path("target/fuzz");
         let mut flags = FLAGS.join(" ");
         if has_sanitizer()? {
             flags = format!("{flags} {SANITIZER}");
@@ -172,7 +165,7 @@ pub fn build(progress: &Progress) -> Result<PathBuf> {
                 "this compiler comes without an address sanitizer: only faults and failed checks are found"
             );
         }
-        let status = Command::new(cargo::program())
+        let status = cargo::in_background()
             .current_dir(workspace::path("fuzz"))
             .args(["build", "--release", "--bins", "--locked", "--target", TRIPLE])
             .arg("--target-dir")

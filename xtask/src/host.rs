@@ -3,7 +3,7 @@
 
 pub mod base;
 mod cpio;
-mod debian;
+pub mod debian;
 mod lines;
 mod machine;
 mod qemu;

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,11 +15,11 @@ const TERMINAL_PERIOD: Duration = Duration::from_secs(1);
 /// In a log, a long step says this often that it is still running.
 const LOG_PERIOD: Duration = Duration::from_secs(30);
 
-/// A command's steps. Everything goes to the standard error.
+/// A command's steps, some of which may run beside others. Everything goes to the standard error.
 #[derive(Debug)]
 pub struct Progress {
-    total: Cell<usize>,
-    begun: Cell<usize>,
+    total: AtomicUsize,
+    begun: AtomicUsize,
 }
 
 /// A running step.
@@ -39,14 +40,14 @@ impl Progress {
     #[must_use]
     pub fn new(total: usize) -> Self {
         Self {
-            total: Cell::new(total),
-            begun: Cell::new(0),
+            total: AtomicUsize::new(total),
+            begun: AtomicUsize::new(0),
         }
     }
 
     /// Plans `steps` more, once it is known that they are needed.
     pub fn extend(&self, steps: usize) {
-        self.total.set(self.total.get() + steps);
+        self.total.fetch_add(steps, Ordering::Relaxed);
     }
 
     /// Does the next step.
@@ -54,9 +55,9 @@ impl Progress {
     /// # Errors
     /// The work's.
     pub fn step<T>(&self, title: &str, work: impl FnOnce(&Step) -> Result<T>) -> Result<T> {
-        self.begun.set(self.begun.get() + 1);
-        let begun = self.begun.get();
-        let title = format!("[{begun}/{}] {title}", self.total.get().max(begun));
+        let begun = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
+        let total = self.total.load(Ordering::Relaxed).max(begun);
+        let title = format!("[{begun}/{total}] {title}");
         let start = Instant::now();
         let step = Step {
             note: Cell::new(None),

@@ -1,19 +1,20 @@
-//! `cargo xtask test`: unit and property tests with nextest, format and lints, a short run of each fuzz target, then
-//! the integration tests with each containerd.
+//! `cargo xtask test`: the integration tests with each containerd; beside them unit and property tests with nextest, format
+//! and lints, and a short run of each fuzz target.
 
 mod conformance;
+mod counts;
 mod integration;
+mod suites;
 
-use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::ops::AddAssign;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use self::counts::Counts;
 use crate::cargo;
 use crate::fuzz;
 use crate::host::Containerd;
@@ -35,10 +36,14 @@ pub struct Arguments {
     containerd: Option<Containerd>,
     /// Only these integration tests (repeatable)
     #[arg(long, value_enum)]
-    suite: Vec<integration::Suite>,
+    suite: Vec<suites::Suite>,
     /// Install the programs as they were built last; the tests themselves are built
     #[arg(long)]
     no_build: bool,
+    /// Every integration test with every containerd and both ways of making sandboxes, not only with the newest; takes an
+    /// hour more
+    #[arg(long)]
+    everything: bool,
     /// Start as many pods and processes at once in the emulated host as on hardware; takes half an hour more
     #[arg(long)]
     crowds: bool,
@@ -59,60 +64,38 @@ pub struct Arguments {
     filter: Vec<String>,
 }
 
-/// How many tests ended how.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
-}
-
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
-    }
-}
-
-impl fmt::Display for Counts {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            formatter,
-            "{} passed, {} failed, {} skipped",
-            self.passed, self.failed, self.skipped
-        )
-    }
-}
-
-/// Runs the tests. The last line says how many passed, failed and were skipped.
+/// Runs the tests. The last lines say which failed, and how many passed, failed and were skipped.
 ///
 /// # Errors
 /// Something cannot be built or started.
 pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     let progress = Progress::new(0);
-    let mut counts = Counts::default();
-    if !arguments.integration {
-        progress.extend(4);
-        counts += unit(&progress)?;
-        counts += lint(&progress, "format of the source (cargo fmt)", &["fmt", "--check"])?;
-        let deny = ["--", "-D", "warnings"];
-        let all = [&["clippy", "--workspace", "--all-targets"], &deny[..]].concat();
-        counts += lint(&progress, "lints (cargo clippy)", &all)?;
-        // These have `test = false`, and that takes them out of all targets.
-        let named = [
-            &["clippy", "--workspace", "--test=integration", "--test=guest"],
-            &deny[..],
-        ]
-        .concat();
-        counts += lint(&progress, "lints of the tests on a machine of their own", &named)?;
-        counts += fuzz_targets(&progress)?;
-    }
-    if !arguments.unit {
-        counts += integration::run(&progress, arguments)?;
-    }
+    let counts = match (arguments.unit, arguments.integration) {
+        (true, _) => checks(&progress)?,
+        (_, true) => integration::run(&progress, arguments, || Ok(Counts::default()))?,
+        _ => integration::run(&progress, arguments, || checks(&progress))?,
+    };
     println!("{counts}");
     Ok(ExitCode::from(u8::from(counts.failed > 0 || counts.passed == 0)))
+}
+
+/// All that needs no machine of its own.
+fn checks(progress: &Progress) -> Result<Counts> {
+    progress.extend(4);
+    let mut counts = unit(progress)?;
+    counts += lint(progress, "format of the source (cargo fmt)", &["fmt", "--check"])?;
+    let deny = ["--", "-D", "warnings"];
+    let all = [&["clippy", "--workspace", "--all-targets"], &deny[..]].concat();
+    counts += lint(progress, "lints (cargo clippy)", &all)?;
+    // These have `test = false`, and that takes them out of all targets.
+    let named = [
+        &["clippy", "--workspace", "--test=integration", "--test=guest"],
+        &deny[..],
+    ]
+    .concat();
+    counts += lint(progress, "lints of the tests on a machine of their own", &named)?;
+    counts += fuzz_targets(progress)?;
+    Ok(counts)
 }
 
 fn unit(progress: &Progress) -> Result<Counts> {
@@ -122,7 +105,7 @@ fn unit(progress: &Progress) -> Result<Counts> {
     packages::ensure(&["cpio"])?;
     ensure_nextest(progress)?;
     progress.step("unit and property tests", |_| {
-        let mut nextest = Command::new(cargo::program());
+        let mut nextest = cargo::in_background();
         nextest.args(["nextest", "run", "--workspace", "--no-fail-fast"]);
         if may_make_taps() {
             nextest.args(["--run-ignored", "all", "-E", EVERYWHERE]);
@@ -156,8 +139,7 @@ fn fuzz_targets(progress: &Progress) -> Result<Counts> {
     for target in &targets {
         let outcome = fuzz::run(progress, &programs, target, fuzz::TEST_SECONDS)?;
         eprintln!("{target}: {outcome}");
-        counts.passed += u64::from(outcome.is_clean());
-        counts.failed += u64::from(!outcome.is_clean());
+        counts += Counts::of(&format!("fuzz target {target}"), outcome.is_clean());
     }
     Ok(counts)
 }
@@ -174,17 +156,13 @@ fn lint(progress: &Progress, title: &str, arguments: &[&str]) -> Result<Counts> 
         });
     }
     progress.step(title, |_| {
-        let status = Command::new(cargo::program())
+        let status = cargo::in_background()
             .current_dir(workspace::root())
             .args(arguments)
             .stdin(Stdio::null())
             .status()
             .with_context(|| format!("cannot run cargo {}", arguments.join(" ")))?;
-        Ok(Counts {
-            passed: u64::from(status.success()),
-            failed: u64::from(!status.success()),
-            skipped: 0,
-        })
+        Ok(Counts::of(title, status.success()))
     })
 }
 
@@ -198,15 +176,29 @@ fn may_make_taps() -> bool {
     root && fs::exists("/dev/net/tun").unwrap_or(false)
 }
 
-/// Copies nextest's output line by line; the counts of its summary.
+/// Copies nextest's output line by line; the counts of its summary, after which it names what failed.
 fn pass_on(stderr: impl Read) -> Result<Option<Counts>> {
-    let mut counts = None;
+    let mut counts: Option<Counts> = None;
     for line in BufReader::new(stderr).lines() {
         let line = line.context("cannot read nextest's output")?;
         eprintln!("{line}");
-        counts = summary(&line).or(counts);
+        match &mut counts {
+            Some(counts) => counts.failures.extend(failure(&line)),
+            None => counts = summary(&line),
+        }
     }
     Ok(counts)
+}
+
+/// The test in nextest's line `FAIL [ 0.004s] (2/9) crate module::test`, or `TIMEOUT`, `SIGABRT`.
+fn failure(line: &str) -> Option<String> {
+    let (_, name) = line.split_once(']')?;
+    let name = name.trim_start();
+    let name = match name.strip_prefix('(') {
+        Some(number) => number.split_once(')')?.1,
+        None => name,
+    };
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty())
 }
 
 /// The counts in nextest's line `Summary [ 2s] 9 tests run: 8 passed (1 slow), 1 failed, 3 skipped`.
@@ -269,7 +261,19 @@ mod tests {
             passed,
             failed,
             skipped,
+            failures: Vec::new(),
         }
+    }
+
+    #[test]
+    fn failures_are_those_named_after_the_summary() {
+        let text = "        FAIL [   0.011s] (1/9) some-crate a::b\n     Summary [   2.1s] 9 tests run: 8 passed, 1 failed, 0 skipped\n\
+            \x20       FAIL [   0.011s] (1/9) some-crate a::b\n";
+        let found = pass_on(text.as_bytes()).unwrap().unwrap();
+        assert_eq!(
+            (found.failed, found.failures),
+            (1, vec!["some-crate a::b".to_owned()])
+        );
     }
 
     #[test]

@@ -106,5 +106,27 @@ mod tests {
             io_stat(&text);
             limit(&text);
         }
+
+        /// What the kernel writes into its files is what is read.
+        #[test]
+        fn counters_of_the_kernel_are_read(
+            keys in prop::collection::btree_map("[a-z_]{1,12}", any::<u64>(), 0..9),
+            devices in prop::collection::vec((any::<[u32; 2]>(), any::<[u64; 6]>()), 0..4),
+            most in prop::option::of(0..u64::MAX),
+        ) {
+            let text: String = keys.iter().map(|(key, value)| format!("{key} {value}\n")).collect();
+            prop_assert_eq!(key_values(&text), keys.into_iter().collect::<Vec<_>>());
+            let text: String = devices.iter().map(|([major, minor], [a, b, c, d, e, f])| {
+                format!("{major}:{minor} rbytes={a} wbytes={b} rios={c} wios={d} dbytes={e} dios={f}\n")
+            }).collect();
+            let read: Vec<_> = text.lines().filter_map(io_stat).collect();
+            prop_assert_eq!(read.len(), devices.len());
+            for (stat, ([major, minor], [a, b, c, d, ..])) in read.iter().zip(devices) {
+                prop_assert_eq!((stat.major, stat.minor), (major, minor));
+                prop_assert_eq!([stat.rbytes, stat.wbytes, stat.rios, stat.wios], [a, b, c, d]);
+            }
+            let text = most.map_or_else(|| "max\n".to_owned(), |most| format!("{most}\n"));
+            prop_assert_eq!(limit(&text), most.unwrap_or(u64::MAX));
+        }
     }
 }

@@ -15,7 +15,7 @@ use super::{Container, Containers, Status};
 use crate::cgroup::Stats;
 use crate::error::{Error, chain};
 use crate::job::Job;
-use crate::streams;
+use crate::streams::{self, Copies};
 
 impl Containers {
     /// Applies new limits.
@@ -71,6 +71,48 @@ impl Containers {
             log::error!("container {id}: its init process does not exit");
         }
         self.undo(&container).await;
+        Ok(())
+    }
+}
+
+impl Containers {
+    /// Joins a process's streams to new ports of the host, all or none.
+    ///
+    /// # Errors
+    /// There is no such process, it was started without one of the streams, or the host does not listen.
+    pub async fn reattach(&self, request: &proto::ReattachStreamsRequest) -> Result<(), Error> {
+        let container = self.get(&request.container_id)?;
+        let exec = request.exec_id.as_str();
+        let gone = || Error::NoProcess(container.id.clone(), exec.to_owned());
+        let ends = container.with_process(exec, |process| {
+            process.running()?;
+            Some(
+                process
+                    .copies
+                    .as_ref()
+                    .map(Copies::ends)
+                    .cloned()
+                    .unwrap_or_default(),
+            )
+        })?;
+        let ends = ends.ok_or_else(gone)?;
+        let wanted = [
+            ("standard input", request.stdin_port, ends.stdin),
+            ("standard output", request.stdout_port, ends.stdout),
+            ("standard error", request.stderr_port, ends.stderr),
+        ];
+        let mut joined = Vec::new();
+        for (stream, port, end) in wanted.into_iter().filter(|(_, port, _)| *port != 0) {
+            let end = end.ok_or_else(|| Error::NoStream {
+                id: container.id.clone(),
+                exec: exec.to_owned(),
+                stream,
+            })?;
+            joined.push((end, self.host.dial(port).await.map_err(Error::Streams)?));
+        }
+        for (end, socket) in joined {
+            end.replace(socket);
+        }
         Ok(())
     }
 }

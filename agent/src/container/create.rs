@@ -23,6 +23,7 @@ use crate::cgroup::{self, Cgroup, CgroupError, DeviceRules, Watch, attach_device
 use crate::error::{Error, chain};
 use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
+use crate::resume::{self, boot_id};
 use crate::storage::{Plan, RUN, SHARED, disk};
 use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
 
@@ -273,6 +274,7 @@ impl Setup<'_> {
         console: Option<PathBuf>,
         status: &StatusPipe,
     ) -> Result<(), String> {
+        resume::discard_held_back();
         let cgroup = &self.container.cgroup;
         cgroup
             .create()
@@ -312,6 +314,8 @@ impl Setup<'_> {
         made.set_status(ContainerStatus::Running)
             .save()
             .map_err(|error| chain(&error))?;
+        // Last: this process is in the container's mount namespace then.
+        boot_id::cover(pid).map_err(|error| format!("cannot give the container a boot id: {error}"))?;
         status.send(&Report::Pid(pid.as_raw().unsigned_abs()));
         Ok(())
     }

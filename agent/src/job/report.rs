@@ -24,12 +24,15 @@ pub enum Report {
     Detail(String),
     /// What was asked for cannot be had.
     Refused(String),
+    /// One of the results.
+    Item(String),
 }
 
 const PID: u8 = b'p';
 const FAILED: u8 = b'f';
 const DETAIL: u8 = b'd';
 const REFUSED: u8 = b'x';
+const ITEM: u8 = b'i';
 
 /// The write end of the status pipe.
 #[derive(Debug)]
@@ -69,6 +72,7 @@ fn encode(report: &Report) -> Vec<u8> {
         Report::Failed(text) => (FAILED, text),
         Report::Detail(text) => (DETAIL, text),
         Report::Refused(text) => (REFUSED, text),
+        Report::Item(text) => (ITEM, text),
     };
     let bytes = &text.as_bytes()[..text.len().min(MAX_TEXT)];
     let mut record = vec![kind];
@@ -95,6 +99,7 @@ pub(super) fn parse(mut data: &[u8]) -> Vec<Report> {
             FAILED => Report::Failed(text),
             DETAIL => Report::Detail(text),
             REFUSED => Report::Refused(text),
+            ITEM => Report::Item(text),
             _ => break,
         });
     }
@@ -111,7 +116,7 @@ pub(super) fn failure(reports: &[Report]) -> Option<JobError> {
             Report::Refused(text) => return Some(JobError::Refused(text.clone())),
             Report::Failed(text) => failed = failed.or(Some(text)),
             Report::Detail(text) => detail = detail.or(Some(text)),
-            Report::Pid(_) => (),
+            Report::Pid(_) | Report::Item(_) => (),
         }
     }
     match (failed, detail) {

@@ -87,18 +87,40 @@ pub fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
 /// `/proc` is not mounted.
 pub fn writable_disks() -> io::Result<Vec<PathBuf>> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
-    let lines: Vec<&str> = text.lines().filter(|line| is_writable_disk(line)).collect();
-    Ok(points(&lines.join("\n")).collect())
+    Ok(writable_disks_in(&text).map(|disk| disk.point).collect())
 }
 
-fn is_writable_disk(line: &str) -> bool {
-    let Some((_, after)) = line.split_once(" - ") else {
-        return false;
-    };
+/// A mount of a writable filesystem on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritableDisk {
+    /// Number of the filesystem, as stat(2) gives it.
+    pub device: u64,
+    /// Its node.
+    pub source: String,
+    /// Where.
+    pub point: PathBuf,
+}
+
+/// The writable disks in a mountinfo file (proc(5)), the latest mount first.
+pub fn writable_disks_in(mountinfo: &str) -> impl Iterator<Item = WritableDisk> {
+    mountinfo.lines().rev().filter_map(writable_disk)
+}
+
+fn writable_disk(line: &str) -> Option<WritableDisk> {
+    let (before, after) = line.split_once(" - ")?;
     let mut fields = after.split(' ');
-    let device = fields.nth(1).unwrap_or_default();
-    let options = fields.next().unwrap_or_default();
-    device.starts_with("/dev/") && options.split(',').any(|option| option == "rw")
+    let source = fields.nth(1)?;
+    let options = fields.next()?;
+    if !source.starts_with("/dev/") || !options.split(',').any(|option| option == "rw") {
+        return None;
+    }
+    let mut fields = before.split(' ');
+    let (major, minor) = fields.nth(2)?.split_once(':')?;
+    Some(WritableDisk {
+        device: libc::makedev(major.parse().ok()?, minor.parse().ok()?),
+        source: source.to_owned(),
+        point: fields.nth(1).map(unescape)?,
+    })
 }
 
 /// The mount points of a mountinfo file (proc(5)), the latest first.
@@ -194,8 +216,13 @@ mod tests {
 
     #[test]
     fn writable_disks_are_told_from_the_rest() {
-        let found: Vec<_> = MOUNTINFO.lines().map(is_writable_disk).collect();
-        assert_eq!(found, [false, false, true, false, false]);
+        let found: Vec<_> = writable_disks_in(MOUNTINFO).collect();
+        let disk = WritableDisk {
+            device: libc::makedev(254, 1),
+            source: "/dev/vda1".into(),
+            point: "/run/bulkhead/v one".into(),
+        };
+        assert_eq!(found, [disk]);
     }
 
     #[test]
@@ -217,7 +244,7 @@ mod tests {
         fn any_text_parses(text in "[\\\\0-9a /-]{0,60}") {
             unescape(&text);
             points(&text).count();
-            is_writable_disk(&text);
+            writable_disks_in(&text).count();
         }
     }
 }

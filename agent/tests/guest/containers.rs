@@ -29,10 +29,13 @@ pub async fn hello_refuses_another_version(guest: &Guest) {
     );
     let (code, text) = message(hello(99).await);
     assert_eq!(
-        (code, text.as_str()),
+        (code, text),
         (
             Code::FAILED_PRECONDITION,
-            "protocol version 99 is not supported, this agent speaks 1"
+            format!(
+                "protocol version 99 is not supported, this agent speaks {}",
+                proto::VERSION
+            )
         )
     );
     let again = guest

@@ -3,6 +3,7 @@
 //! Everything but the hypervisor is real: the same set-up code mounts the same filesystems, containers get real
 //! namespaces and cgroups, and streams are real sockets.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -13,11 +14,12 @@ use std::time::Duration;
 
 use bulkhead_agent::init;
 use bulkhead_agent::service::uptime_us;
+use bulkhead_agent::storage::mount::writable_disks;
 use bulkhead_agent::streams::Host;
 use bulkhead_protocol::agent as proto;
 use bulkhead_protocol::agent::AgentClient;
 use bulkhead_protocol::ports;
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
@@ -35,7 +37,8 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 pub struct Guest {
     directory: PathBuf,
     agent: Pid,
-    client: AgentClient,
+    listener: UnixListener,
+    client: RefCell<AgentClient>,
     next_port: std::cell::Cell<u32>,
 }
 
@@ -94,6 +97,14 @@ fn run_agent(directory: &Path) -> ! {
         None::<&str>,
     )
     .unwrap();
+    // A freeze must not reach the machine's filesystems. The one at / is out of its reach as a guest's root image is.
+    for point in writable_disks()
+        .unwrap()
+        .iter()
+        .filter(|point| *point != Path::new("/"))
+    {
+        let _ = umount2(point, MntFlags::MNT_DETACH);
+    }
     let rootfs = directory.join("rootfs");
     let result = bulkhead_agent::serve(Host::Unix(directory.to_owned()), uptime_us(), || {
         init::standard_descriptors()?;
@@ -181,17 +192,31 @@ pub fn message<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, St
     }
 }
 
+async fn accept(listener: &UnixListener) -> AgentClient {
+    let (stream, _) = within(listener.accept()).await.unwrap();
+    AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)))
+}
+
 impl Guest {
     /// Accepts the agent's connection and sets the sandbox up.
     pub async fn connect(started: Started) -> Self {
         started.listener.set_nonblocking(true).unwrap();
         let listener = UnixListener::from_std(started.listener).unwrap();
-        let (stream, _) = within(listener.accept()).await.unwrap();
-        let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        let client = accept(&listener).await;
+        let early = client
+            .setup_sandbox(context(), &proto::SetupSandboxRequest::new())
+            .await;
+        assert_eq!(message(early).1, "the connection has had no Hello");
+        let hello = proto::HelloRequest {
+            version: proto::VERSION,
+            ..Default::default()
+        };
+        client.hello(context(), &hello).await.unwrap();
         let guest = Self {
             directory: started.directory,
             agent: started.agent,
-            client,
+            listener,
+            client: RefCell::new(client),
             next_port: ports::FIRST_STREAM.into(),
         };
         let request = proto::SetupSandboxRequest {
@@ -200,12 +225,33 @@ impl Guest {
             files: [("resolv.conf".to_owned(), b"nameserver 192.0.2.1\n".to_vec())].into(),
             ..Default::default()
         };
-        guest.client.setup_sandbox(context(), &request).await.unwrap();
+        guest.client().setup_sandbox(context(), &request).await.unwrap();
         guest
     }
 
-    pub fn client(&self) -> &AgentClient {
-        &self.client
+    pub fn client(&self) -> AgentClient {
+        self.client.borrow().clone()
+    }
+
+    /// Ends the agent's connection and accepts the next one.
+    pub async fn reconnect(&self) {
+        // Every copy of a client keeps its connection.
+        let dead = ttrpc::asynchronous::Client::new(Socket::new(UnixStream::pair().unwrap().0));
+        drop(self.client.replace(AgentClient::new(dead)));
+        let client = accept(&self.listener).await;
+        self.client.replace(client);
+    }
+
+    /// Refuses connections while `work` is done, after the one there is has ended.
+    pub async fn without_host(&mut self, work: impl Future<Output = ()>) {
+        let path = self.directory.join(ports::AGENT.to_string());
+        fs::remove_file(&path).unwrap();
+        let dead = ttrpc::asynchronous::Client::new(Socket::new(UnixStream::pair().unwrap().0));
+        drop(self.client.replace(AgentClient::new(dead)));
+        work.await;
+        self.listener = UnixListener::bind(path).unwrap();
+        let client = accept(&self.listener).await;
+        self.client.replace(client);
     }
 
     /// Listens for the wanted streams.
@@ -263,7 +309,7 @@ impl Guest {
                 .into(),
             ..Default::default()
         };
-        Ok(self.client.create_container(context(), &request).await?.pid)
+        Ok(self.client().create_container(context(), &request).await?.pid)
     }
 
     pub async fn start(&self, id: &str) -> ttrpc::Result<()> {
@@ -271,7 +317,7 @@ impl Guest {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client.start_container(context(), &request).await.map(drop)
+        self.client().start_container(context(), &request).await.map(drop)
     }
 
     pub async fn exec(
@@ -288,7 +334,7 @@ impl Guest {
             streams: Some(streams.clone()).into(),
             ..Default::default()
         };
-        Ok(self.client.exec_process(context(), &request).await?.pid)
+        Ok(self.client().exec_process(context(), &request).await?.pid)
     }
 
     pub async fn wait(&self, id: &str, exec: &str) -> u32 {
@@ -297,7 +343,7 @@ impl Guest {
             exec_id: exec.into(),
             ..Default::default()
         };
-        self.client
+        self.client()
             .wait_process(context(), &request)
             .await
             .unwrap()
@@ -312,7 +358,20 @@ impl Guest {
             all,
             ..Default::default()
         };
-        self.client.signal_process(context(), &request).await.map(drop)
+        self.client().signal_process(context(), &request).await.map(drop)
+    }
+
+    /// Processes of a container. Their ids are the agent's.
+    pub async fn processes(&self, id: &str) -> Vec<proto::ContainerProcess> {
+        let request = proto::ListProcessesRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client()
+            .list_processes(context(), &request)
+            .await
+            .unwrap()
+            .processes
     }
 
     pub async fn remove(&self, id: &str) -> ttrpc::Result<()> {
@@ -320,7 +379,10 @@ impl Guest {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client.remove_container(context(), &request).await.map(drop)
+        self.client()
+            .remove_container(context(), &request)
+            .await
+            .map(drop)
     }
 
     /// Runs a container to its end with some input and removes it.
@@ -367,7 +429,7 @@ impl Guest {
     /// The next event.
     pub async fn events(&self, count: usize) -> Vec<proto::Event> {
         let mut stream = self
-            .client
+            .client()
             .events(context(), &proto::EventsRequest::new())
             .await
             .unwrap();
@@ -419,7 +481,13 @@ impl Guest {
         PathBuf::from(format!("/proc/{}/root{path}", self.agent_pid()))
     }
 
-    fn agent_pid(&self) -> i32 {
+    /// A directory of the machine that goes with the guest.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The agent as the machine numbers it.
+    pub fn agent_pid(&self) -> i32 {
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.agent)).unwrap();
         children.split_whitespace().next().unwrap().parse().unwrap()
     }

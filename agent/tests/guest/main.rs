@@ -9,6 +9,7 @@ mod harness;
 mod isolation;
 mod pod;
 mod processes;
+mod resume;
 mod specs;
 
 use std::panic::AssertUnwindSafe;
@@ -18,7 +19,10 @@ use harness::Guest;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
-type Test = (&'static str, fn(&Guest) -> Pin<Box<dyn Future<Output = ()> + '_>>);
+type Test = (
+    &'static str,
+    fn(&mut Guest) -> Pin<Box<dyn Future<Output = ()> + '_>>,
+);
 
 macro_rules! tests {
     ($($module:ident :: $name:ident),* $(,)?) => {
@@ -28,6 +32,13 @@ macro_rules! tests {
 
 const TESTS: &[Test] = tests![
     disks::layers_and_volumes,
+    disks::freeze_and_thaw,
+    resume::next_connection_needs_a_resume,
+    resume::refused_requests_change_nothing,
+    resume::identity_of_a_fork,
+    resume::streams_are_joined_again,
+    resume::setup_sent_with_the_resume,
+    resume::dials_until_the_host_listens,
     containers::hello_refuses_another_version,
     containers::output_and_status,
     containers::ten_mebibytes_arrive_in_order,
@@ -88,7 +99,7 @@ fn main() {
 }
 
 /// Runs a test in a process of its own.
-fn run(test: fn(&Guest) -> Pin<Box<dyn Future<Output = ()> + '_>>) -> bool {
+fn run(test: fn(&mut Guest) -> Pin<Box<dyn Future<Output = ()> + '_>>) -> bool {
     // SAFETY: this process has one thread.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => waitpid(child, None) == Ok(WaitStatus::Exited(child, 0)),
@@ -100,8 +111,8 @@ fn run(test: fn(&Guest) -> Pin<Box<dyn Future<Output = ()> + '_>>) -> bool {
                 .unwrap();
             let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
                 runtime.block_on(async {
-                    let guest = Guest::connect(started).await;
-                    test(&guest).await;
+                    let mut guest = Guest::connect(started).await;
+                    test(&mut guest).await;
                 });
             }));
             std::process::exit(i32::from(result.is_err()));

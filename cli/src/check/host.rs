@@ -2,11 +2,16 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::process::CommandExt;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use nix::sched::{CloneFlags, unshare};
+use bulkhead_sandbox::config::Wall;
+use bulkhead_sandbox::error::chain as error_chain;
+use bulkhead_sandbox::jail::{Jail, JailError};
+use bulkhead_sandbox::journal;
+use bulkhead_sandbox::spawn::{self, Ending, Program, SpawnError};
+use nix::errno::Errno;
 
 use super::report::{Report, Verdict};
 
@@ -21,11 +26,14 @@ const MIN_KERNEL: (u32, u32) = (5, 14);
 /// What the shim and the VMM take besides guest memory, in MiB, with room to spare.
 const OVERHEAD_MIB: u64 = 64;
 
+/// How long a process in a jail may take to do nothing.
+const TRIAL_TIME: Duration = Duration::from_secs(10);
+
 /// Controllers a pod's cgroup uses.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
-/// Adds the host's requirements for a guest of `memory_mib` MiB.
-pub fn check(report: &mut Report, memory_mib: u32) {
+/// Adds the host's requirements for a guest of `memory_mib` MiB, whose VMM may do without the walls `weaker` of its jail.
+pub fn check(report: &mut Report, memory_mib: u32, weaker: &[Wall]) {
     let root = nix::unistd::geteuid().is_root();
     report.add(
         GROUP,
@@ -40,7 +48,7 @@ pub fn check(report: &mut Report, memory_mib: u32) {
     );
     check_kernel(report);
     check_memory(report, memory_mib);
-    check_user_namespace(report);
+    check_jail(report, weaker);
     check_file_system(
         report,
         "overlay",
@@ -115,33 +123,182 @@ fn available_mib(meminfo: &str) -> Option<u64> {
         .map(|kib| kib / 1024)
 }
 
-/// The complete jail of the VMM takes a user namespace; this version runs without. Tried, because half a
-/// dozen switches can forbid it.
-fn check_user_namespace(report: &mut Report) {
-    let (verdict, reason, remedy) = match try_user_namespace() {
-        Ok(()) => (Verdict::Yes, "one was made".to_owned(), ""),
-        Err(error) => (
-            Verdict::Missing,
-            format!("the VMM's jail stays incomplete: {error}"),
-            "sysctl user.max_user_namespaces=15000, and kernel.apparmor_restrict_unprivileged_userns=0 where it exists",
-        ),
-    };
-    report.add(GROUP, "user namespaces", verdict, reason, remedy);
+/// What of the VMM's jail the host has to give: a process in namespaces of its own is made as the shim makes a VMM,
+/// because half a dozen switches can forbid it.
+fn check_jail(report: &mut Report, weaker: &[Wall]) {
+    let accepted = weaker.contains(&Wall::UserNamespace);
+    namespaces(report, try_jail(!accepted), accepted);
+    let actions = fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail");
+    seccomp(
+        report,
+        &actions.unwrap_or_default(),
+        weaker.contains(&Wall::Seccomp),
+    );
+    landlock(report, bulkhead_vmm::jail::landlock::version());
 }
 
-/// Starts this program in a new user namespace; it prints its version to nowhere and ends.
-fn try_user_namespace() -> io::Result<()> {
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg("--version")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
-    unsafe {
-        command.pre_exec(|| unshare(CloneFlags::CLONE_NEWUSER).map_err(io::Error::from));
+/// Why no process can be jailed here.
+#[derive(Debug, thiserror::Error)]
+enum TrialError {
+    /// A file.
+    #[error("Cannot open {0}")]
+    Open(&'static str, #[source] io::Error),
+    /// The process.
+    #[error(transparent)]
+    Spawn(SpawnError),
+    /// It was made, and did not run.
+    #[error("The process ended with {0:?}")]
+    Ended(Option<Ending>),
+}
+
+/// Starts this program as a VMM is started; it prints its version to nowhere and ends.
+fn try_jail(user_namespace: bool) -> Result<(), TrialError> {
+    const PROGRAM: &str = "/proc/self/exe";
+    const NULL: &str = "/dev/null";
+    let open =
+        |path, options: &OpenOptions| options.open(path).map_err(|error| TrialError::Open(path, error));
+    let program = open(PROGRAM, OpenOptions::new().read(true))?;
+    let null = open(NULL, OpenOptions::new().read(true).write(true))?;
+    let process = spawn::spawn(&Program {
+        executable: program.as_fd(),
+        arguments: vec![c"bulkhead".into(), c"--version".into()],
+        environment: Vec::new(),
+        descriptors: (0..3).map(|number| (null.as_fd(), number)).collect(),
+        jail: Some(Jail {
+            root: None,
+            user_namespace,
+        }),
+    })
+    .map_err(TrialError::Spawn)?;
+    if !journal::wait_for_end(&process.pidfd, TRIAL_TIME) {
+        let _ = spawn::pidfd_kill(&process.pidfd);
+        let _ = journal::wait_for_end(&process.pidfd, TRIAL_TIME);
     }
-    command.spawn()?.wait().map(|_| ())
+    match spawn::reap(process.pidfd.as_fd()) {
+        Ok(Some(Ending::Exited(0))) => Ok(()),
+        ending => Err(TrialError::Ended(ending.ok().flatten())),
+    }
+}
+
+/// What the trial of a jail says. `accepted`: the configuration is content without a user namespace, and the trial was
+/// without.
+fn namespaces(report: &mut Report, trial: Result<(), TrialError>, accepted: bool) {
+    let name = "user namespaces";
+    let error = match trial {
+        Ok(()) if accepted => {
+            let reason = "weaker_jail leaves them out of the VMM's jail";
+            report.add(GROUP, name, Verdict::Missing, reason, "");
+            return;
+        }
+        Ok(()) => {
+            report.add(GROUP, name, Verdict::Yes, "a process was jailed in one", "");
+            return;
+        }
+        Err(error) => error,
+    };
+    let TrialError::Spawn(SpawnError::Jail(JailError::UserNamespace(errno))) = error else {
+        let reason = format!("no process could be jailed: {}", error_chain(&error));
+        report.add(GROUP, "namespaces", Verdict::No, reason, "");
+        return;
+    };
+    let read = |name: &str| {
+        let text = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
+        text.trim().parse().ok()
+    };
+    let remedy = Switches::read(read).remedy(errno);
+    let reason = format!("the VMM's jail has one of its own: {}", errno.desc());
+    report.add(GROUP, name, Verdict::No, reason, remedy);
+}
+
+/// The host's switches that can keep root from a user namespace.
+#[derive(Clone, Copy, Debug, Default)]
+struct Switches {
+    /// `user.max_user_namespaces`; absent: the kernel was built without them.
+    most: Option<u64>,
+    /// Debian's `kernel.unprivileged_userns_clone` is 0: only who has `CAP_SYS_ADMIN` makes one.
+    privileged_only: bool,
+    /// Ubuntu's `kernel.apparmor_restrict_unprivileged_userns` is 1: a process under an AppArmor profile that does not
+    /// allow it, or without power, makes none, or none of use.
+    apparmor: bool,
+}
+
+impl Switches {
+    fn read(read: impl Fn(&str) -> Option<u64>) -> Self {
+        Self {
+            most: read("user/max_user_namespaces"),
+            privileged_only: read("kernel/unprivileged_userns_clone") == Some(0),
+            apparmor: read("kernel/apparmor_restrict_unprivileged_userns") == Some(1),
+        }
+    }
+
+    /// What to change when unshare(2) fails with `errno`.
+    fn remedy(self, errno: Errno) -> String {
+        let raise = "sysctl -w user.max_user_namespaces=15000, and the same in /etc/sysctl.d";
+        match (self.most, errno) {
+            (None, _) | (_, Errno::EINVAL | Errno::ENOSYS) => {
+                "use a host kernel with CONFIG_USER_NS, and without a parameter that switches it off".into()
+            }
+            (Some(0), _) => format!("user.max_user_namespaces is 0: {raise}"),
+            // They are counted for each owner (namespaces(7)).
+            (Some(most), Errno::ENOSPC) => {
+                format!("all {most} of user.max_user_namespaces are in use: {raise}")
+            }
+            (_, Errno::EUSERS) => "run on the host: user namespaces are nested too deeply here".into(),
+            _ => {
+                let mut hints = Vec::new();
+                if self.privileged_only {
+                    hints.push("sysctl -w kernel.unprivileged_userns_clone=1");
+                }
+                if self.apparmor {
+                    hints.push("sysctl -w kernel.apparmor_restrict_unprivileged_userns=0");
+                }
+                hints.push(
+                    "run containerd with CAP_SYS_ADMIN, outside any container, seccomp filter or AppArmor profile that forbids unshare(2)",
+                );
+                hints.join(", or ")
+            }
+        }
+    }
+}
+
+/// `actions`: those the kernel has for a filter of system calls (seccomp(2)).
+fn seccomp(report: &mut Report, actions: &str, accepted: bool) {
+    let name = "seccomp filters";
+    if actions.split_whitespace().any(|action| action == "kill_process") {
+        report.add(
+            GROUP,
+            name,
+            Verdict::Yes,
+            "the VMM has one for each kind of thread",
+            "",
+        );
+        return;
+    }
+    let (verdict, reason) = if accepted {
+        (Verdict::Missing, "weaker_jail accepts a VMM without")
+    } else {
+        (Verdict::No, "the VMM is confined to the system calls it needs")
+    };
+    report.add(
+        GROUP,
+        name,
+        verdict,
+        reason,
+        "use a host kernel with CONFIG_SECCOMP_FILTER",
+    );
+}
+
+fn landlock(report: &mut Report, version: u32) {
+    let (verdict, reason, remedy) = if version >= 2 {
+        (Verdict::Yes, format!("version {version} of its interface"), "")
+    } else {
+        (
+            Verdict::Missing,
+            "a second wall around files and network of the VMM is not there".to_owned(),
+            "use Linux 5.19 or newer with CONFIG_SECURITY_LANDLOCK, and landlock in the kernel parameter lsm= if there is one",
+        )
+    };
+    report.add(GROUP, "Landlock", verdict, reason, remedy);
 }
 
 fn check_file_system(report: &mut Report, name: &'static str, reason: &str) {

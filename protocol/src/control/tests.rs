@@ -14,8 +14,11 @@ fn config() -> VmConfig {
         hotplug_mib: 1024,
         memory_mib: 128,
         kvm: Fd(0),
-        kernel: Fd(1),
-        command_line: String::new(),
+        start: Start::Kernel {
+            kernel: Fd(1),
+            command_line: String::new(),
+        },
+        guest_cid: 3,
         root: Fd(2),
         console: true,
         disk_slots: 2,

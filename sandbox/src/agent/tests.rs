@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
-use ttrpc::proto::{MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
+use ttrpc::proto::{Code, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
 
 use super::fake::{Fake, data, head, oom};
 use super::*;
+use crate::Kind;
 
 const LIMIT: Duration = Duration::from_millis(300);
 /// For what must come at once; a test that waits so long has failed.

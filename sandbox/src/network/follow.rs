@@ -186,6 +186,7 @@ fn join(
     slot: u32,
     record: &mut Record<'_>,
 ) -> Result<tap::Joined, NetworkError> {
+    tap::clear(netlink, interface)?;
     if let Some((path, inode)) = namespace {
         record(&Entry::Redirection {
             namespace: path.clone(),

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 
 use bulkhead_protocol::agent::{ConfigureNetworkRequest, Interface as GuestInterface, Neighbor, Route};
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use netlink_packet_route::neighbour::{
@@ -12,6 +11,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::NetworkError;
 use super::netlink::Netlink;
@@ -230,6 +230,14 @@ fn route(found: &Found, message: &RouteMessage) -> Option<Route> {
             RouteAttribute::Oif(index) => route.interface = found.name(*index)?.to_owned(),
             _ => {}
         }
+    }
+    if route.destination.is_empty() && route.gateway.is_empty() && route.source.is_empty() {
+        // Nothing else would say of which family it is.
+        route.destination = match header.address_family {
+            AddressFamily::Inet => "0.0.0.0/0".into(),
+            AddressFamily::Inet6 => "::/0".into(),
+            _ => return None,
+        };
     }
     (!route.interface.is_empty()).then_some(route)
 }

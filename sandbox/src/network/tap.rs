@@ -14,6 +14,7 @@ use netlink_packet_route::tc::{
 use super::NetworkError;
 use super::interfaces::Interface;
 use super::netlink::Netlink;
+use crate::fault::{self, Step};
 
 /// Priority of the filter, by which it is told from another's, and `ETH_P_ALL` in network byte order
 /// (linux/if_ether.h).
@@ -101,16 +102,45 @@ fn index_of(name: &str) -> std::io::Result<u32> {
     Ok(nix::net::if_::if_nametoindex(name)?)
 }
 
-/// Everything that arrives at interface `from` leaves through `to`.
-fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
-    match add_queue(netlink, from, name) {
-        // A sandbox that crashed may have left its own: nobody else uses the namespace now.
-        Err(NetworkError::Refused { error, .. }) if error.raw_os_error() == Some(libc::EEXIST) => {
-            restore(netlink, from, name)?;
-            add_queue(netlink, from, name)?;
-        }
-        result => result?,
+/// Makes sure that an interface has no ingress queue, so that one found there later is ours. A redirection that a
+/// sandbox has left is removed: nobody else uses the namespace now.
+///
+/// # Errors
+/// There is a queue of somebody else's.
+pub(super) fn clear(netlink: &mut Netlink, interface: &Interface) -> Result<(), NetworkError> {
+    let (index, name) = (interface.index, &interface.name);
+    if !has_queue(netlink, index, name)? {
+        return Ok(());
     }
+    delete_redirection(netlink, index, name)?;
+    if has_queue(netlink, index, name)? {
+        return Err(NetworkError::Refused {
+            what: format!("add an ingress queue to {name}"),
+            error: std::io::Error::from_raw_os_error(libc::EEXIST),
+        });
+    }
+    Ok(())
+}
+
+/// Everything that arrives at interface `from`, which has no ingress queue, leaves through `to`.
+fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
+    netlink.change(
+        &format!("add an ingress queue to {name}"),
+        RouteNetlinkMessage::NewQueueDiscipline(queue(from)),
+        true,
+    )?;
+    let redirected = fault::point(Step::InterfaceQueued)
+        .map_err(|error| NetworkError::Step(Step::InterfaceQueued, error))
+        .and_then(|()| add_filter(netlink, from, to, name));
+    if redirected.is_err()
+        && let Err(error) = delete_queue(netlink, from, name)
+    {
+        log::warn!("{}", crate::error::chain(&error));
+    }
+    redirected
+}
+
+fn add_filter(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(), NetworkError> {
     let mut generic = TcActionGeneric::default();
     generic.action = TcActionType::Stolen;
     let mut mirror = TcMirror::default();
@@ -129,51 +159,72 @@ fn redirect(netlink: &mut Netlink, from: u32, to: u32, name: &str) -> Result<(),
             action,
         ]))]),
     ];
-    let redirected = netlink.change(
+    netlink.change(
         &format!("redirect frames from {name}"),
         RouteNetlinkMessage::NewTrafficFilter(filter),
         true,
-    );
-    if redirected.is_err() {
-        // Without a filter nobody could tell later that the queue is ours.
-        let what = format!("remove the ingress queue of {name}");
-        if let Err(error) = netlink.change(&what, RouteNetlinkMessage::DelQueueDiscipline(queue(from)), false)
-        {
-            log::warn!("{}", crate::error::chain(&error));
-        }
-    }
-    redirected
+    )
 }
 
-/// Gives an interface back as the network plugin made it. One that is not redirected is left alone.
+/// Gives an interface back as the network plugin made it. One that is not redirected is left alone. It had no ingress queue
+/// before: an empty one is what a sandbox has left that was killed before it redirected anything.
 pub(super) fn restore(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
-    let what = format!("remove the redirection of {name}");
-    match netlink.change(&what, RouteNetlinkMessage::DelTrafficFilter(filter(index)), false) {
-        Ok(()) => {}
-        // No such filter, no queue, no interface.
+    if delete_redirection(netlink, index, name)? || has_filters(netlink, index, name)? {
+        return Ok(());
+    }
+    delete_queue(netlink, index, name)
+}
+
+/// Removes our filter and its queue; whether there was one.
+fn delete_redirection(netlink: &mut Netlink, index: u32, name: &str) -> Result<bool, NetworkError> {
+    let message = RouteNetlinkMessage::DelTrafficFilter(filter(index));
+    let deleted = netlink.change(&format!("remove the redirection of {name}"), message, false);
+    if unless_absent(deleted)?.is_none() {
+        return Ok(false);
+    }
+    delete_queue(netlink, index, name)?;
+    Ok(true)
+}
+
+/// Removes the ingress queue, if there is one.
+fn delete_queue(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
+    let message = RouteNetlinkMessage::DelQueueDiscipline(queue(index));
+    let deleted = netlink.change(&format!("remove the ingress queue of {name}"), message, false);
+    unless_absent(deleted).map(drop)
+}
+
+fn has_queue(netlink: &mut Netlink, index: u32, name: &str) -> Result<bool, NetworkError> {
+    let message = RouteNetlinkMessage::GetQueueDiscipline(queue(index));
+    let found = netlink.change(&format!("look at the ingress queue of {name}"), message, false);
+    Ok(unless_absent(found)?.is_some())
+}
+
+/// Whether anybody's filter is on the ingress queue.
+fn has_filters(netlink: &mut Netlink, index: u32, name: &str) -> Result<bool, NetworkError> {
+    let mut every = TcMessage::with_index(index.cast_signed());
+    every.header.parent = INGRESS;
+    let what = format!("list the filters of {name}");
+    match netlink.dump(&what, RouteNetlinkMessage::GetTrafficFilter(every)) {
+        // One of a kind that cannot be read is somebody else's.
+        Err(NetworkError::Decode(_)) => Ok(true),
+        list => Ok(unless_absent(list)?.is_some_and(|list| !list.is_empty())),
+    }
+}
+
+/// Nothing when the kernel knows no such filter, no such queue or no such interface.
+fn unless_absent<T>(answer: Result<T, NetworkError>) -> Result<Option<T>, NetworkError> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
         Err(NetworkError::Refused { error, .. })
             if matches!(
                 error.raw_os_error(),
                 Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
             ) =>
         {
-            return Ok(());
+            Ok(None)
         }
-        Err(error) => return Err(error),
+        Err(error) => Err(error),
     }
-    netlink.change(
-        &what,
-        RouteNetlinkMessage::DelQueueDiscipline(queue(index)),
-        false,
-    )
-}
-
-fn add_queue(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
-    netlink.change(
-        &format!("add an ingress queue to {name}"),
-        RouteNetlinkMessage::NewQueueDiscipline(queue(index)),
-        true,
-    )
 }
 
 fn queue(index: u32) -> TcMessage {

@@ -171,5 +171,31 @@ fn interfaces_are_followed_and_given_back() {
         undo_redirection(namespace, *inode, interface).unwrap();
         assert_eq!(redirections(), 0);
         undo_redirection(namespace, *inode, interface).unwrap();
+
+        let tc = |arguments: &str| {
+            let status = Command::new("tc").args(arguments.split(' ')).status().unwrap();
+            assert!(status.success(), "tc {arguments}");
+        };
+        // What a kill before the filter leaves, and what somebody else has made meanwhile.
+        tc("qdisc add dev eth1 ingress");
+        undo_redirection(namespace, *inode, interface).unwrap();
+        assert_eq!(redirections(), 0);
+        tc("qdisc add dev eth1 ingress");
+        tc("filter add dev eth1 ingress prio 1 protocol all matchall action drop");
+        undo_redirection(namespace, *inode, interface).unwrap();
+        assert_eq!(redirections(), 1);
+        // One that is there before is somebody else's, and nothing is written down.
+        pair("eth2", "host2");
+        ip("link set host2 down");
+        tc("qdisc add dev eth2 ingress");
+        let recorded = records.len();
+        let mut follower = Follower::new(&own()).unwrap();
+        let mut record = |entry: &Entry| {
+            records.push(entry.clone());
+            Ok(())
+        };
+        let refused = follower.update(2, &mut record).unwrap().failed.unwrap();
+        assert!(refused.to_string().contains("add an ingress queue"), "{refused}");
+        assert_eq!(records.len(), recorded);
     });
 }

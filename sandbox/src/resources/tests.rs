@@ -15,6 +15,7 @@ fn config() -> Configuration {
         vcpus: 1,
         memory_mib: 256,
         overhead_memory_mib: 64,
+        templates: Templates::Off,
         ..Configuration::default()
     }
 }
@@ -236,7 +237,7 @@ fn processors_of_the_host_become_the_guests() {
 #[test]
 fn lists_that_are_none_name_nothing() {
     assert_eq!(parse_list("0-1,4"), Some(BTreeSet::from([0, 1, 4])));
-    for text in ["", "x", "1-", "-1", "0-70000"] {
+    for text in ["", "x", "1-", "-1", "2-0", "0-70000"] {
         assert_eq!(parse_list(text), None, "{text}");
     }
 }
@@ -259,5 +260,68 @@ proptest! {
             prop_assert!(added <= sizing.hotplug_mib() && added.is_multiple_of(STEP_MIB));
             prop_assert!(sizing.host_limits(added).memory_max.is_none_or(|bytes| bytes > 0));
         }
+    }
+
+    /// A pod's limits are the same by containerd's annotations, by CRI-O's, and by the resources of a specification.
+    #[test]
+    fn three_ways_to_say_it_mean_the_same(quota in any::<i64>(), period in 0..i64::MAX, shares in 0..i64::MAX, memory in any::<i64>()) {
+        let by_containerd = sandbox(json!({
+            "io.kubernetes.cri.sandbox-cpu-quota": quota.to_string(),
+            "io.kubernetes.cri.sandbox-cpu-period": period.to_string(),
+            "io.kubernetes.cri.sandbox-cpu-shares": shares.to_string(),
+            "io.kubernetes.cri.sandbox-memory": memory.to_string(),
+        }));
+        let by_crio = sandbox(json!({"io.kubernetes.cri-o.PodLinuxResources": json!({
+            "cpu_quota": quota, "cpu_period": period, "cpu_shares": shares, "memory_limit_in_bytes": memory,
+        }).to_string()}));
+        prop_assert_eq!(&by_containerd, &by_crio);
+        let by_spec = demand(json!({
+            "cpu": {"quota": quota, "period": period, "shares": shares}, "memory": {"limit": memory},
+        }));
+        match by_containerd {
+            Some(told) => prop_assert_eq!(told, by_spec),
+            None => prop_assert!(by_spec.quota.is_none() && by_spec.memory.is_none()),
+        }
+    }
+
+    /// Lists of processors survive: the kernel's form, ours, and back.
+    #[test]
+    fn lists_of_processors_survive(ranges in proptest::collection::vec((0u16..500, 0u16..20), 1..6)) {
+        let text: Vec<_> = ranges.iter().map(|(first, more)| format!("{first}-{}", first + more)).collect();
+        let named: BTreeSet<u16> = ranges.iter().flat_map(|(first, more)| *first..=first + more).collect();
+        let read = parse_list(&text.join(","));
+        prop_assert_eq!(read.as_ref(), Some(&named));
+        prop_assert_eq!(parse_list(&list(&named)), Some(named));
+    }
+}
+
+#[test]
+fn a_vm_from_a_template_starts_small_and_grows_to_what_it_would_have_had() {
+    let templated = Configuration {
+        templates: Templates::Shared,
+        ..config()
+    };
+    let boot = |vcpus, memory_mib| Size { vcpus, memory_mib };
+    // By default it is the same.
+    assert_eq!(Sizing::new(&templated, HOST, None).boot(), boot(1, 256));
+    for (milli, mib, expected) in [
+        (3000, 2048, boot(1, 256)),
+        (500, 64, boot(1, 192)),
+        (500, 1, boot(1, 128)),
+        (1000, 200, boot(1, 256)),
+    ] {
+        let pod = demand(limits(milli, mib));
+        let mut sizing = Sizing::new(&templated, HOST, Some(pod.clone()));
+        assert_eq!(sizing.boot(), expected);
+        let whole = Sizing::new(&config(), HOST, Some(pod.clone()));
+        sizing.add("a", pod);
+        let wanted = sizing.wanted();
+        assert_eq!(wanted.vcpus, whole.boot().vcpus);
+        assert!(
+            wanted.memory_mib >= whole.boot().memory_mib,
+            "{wanted:?} {:?}",
+            whole.boot()
+        );
+        assert!(wanted.memory_mib < whole.boot().memory_mib + 64);
     }
 }

@@ -1,11 +1,11 @@
 //! From nothing to an agent that serves.
 
-use bulkhead_protocol::agent::{SetupSandboxRequest, event};
-use bulkhead_protocol::control::{self, BootTimes, Share, VmConfig};
+use bulkhead_protocol::agent::{HelloResponse, SetupSandboxRequest, ThawRequest, event};
+use bulkhead_protocol::control::{self, BootTimes, Share, Start, VmConfig};
 use bulkhead_protocol::ports;
 use tokio::sync::mpsc;
 
-use super::network::net_slots;
+use super::template::Origin;
 use super::*;
 use crate::agent::Events;
 use crate::config::Wall;
@@ -35,6 +35,7 @@ impl Sandbox {
                 self.begin_stop();
                 if let Some(vm) = self.vm_now() {
                     vm.kill();
+                    self.count_on_vm();
                 }
                 Boot::Failed(Arc::new(error))
             }
@@ -46,17 +47,54 @@ impl Sandbox {
         }
     }
 
-    /// Reads top to bottom as the order of the start.
+    /// From a template if there is one, and else from the kernel, when a template may be left behind.
     async fn boot(&self) -> Result<Guest, Error> {
-        let limit = Duration::from_secs(self.0.config.boot_timeout_s.into());
-        let (events, vsock_events) = mpsc::unbounded_channel();
-        self.boot_step(Step::VmmStarted).await?;
         for wall in &self.0.config.weaker_jail {
             log::warn!(
                 "sandbox {}: the configuration leaves {wall:?} out of the VMM's jail",
                 self.0.id
             );
         }
+        if let Some(restore) = &self.0.restore {
+            restore.complete().await;
+            let guest = self.begin(Origin::Snapshot(restore)).await?;
+            let guest = self.connect(guest).await?;
+            self.rejoin(restore, &guest).await?;
+            return Ok(guest);
+        }
+        let store = self.template_store();
+        if let Some(store) = &store
+            && let Some(template) = self.find_template(store)
+        {
+            match self.begin(Origin::Template(template)).await {
+                Ok(guest) => return self.connect(guest).await,
+                Err(error @ Error::Step(..)) => return Err(error),
+                // Whoever ended it may end the next as well; the template is not tried again.
+                Err(error @ Error::Ended(_)) => {
+                    store.discard();
+                    return Err(error);
+                }
+                Err(error) => {
+                    log::warn!(
+                        "sandbox {} boots, for its template cannot be used: {}",
+                        self.0.id,
+                        chain(&error)
+                    );
+                    store.discard();
+                    self.give_up_vm().await;
+                }
+            }
+        }
+        let making = store.and_then(|store| self.begin_template(&store));
+        let guest = self.begin(Origin::Kernel(making)).await?;
+        self.connect(guest).await
+    }
+
+    /// Reads top to bottom as the order of the start, up to an agent that knows its sandbox.
+    async fn begin(&self, origin: Origin<'_>) -> Result<Guest, Error> {
+        let limit = Duration::from_secs(self.0.config.boot_timeout_s.into());
+        let (events, vsock_events) = mpsc::unbounded_channel();
+        self.boot_step(Step::VmmStarted).await?;
         // The VMM process starts first: everything below happens while it initialises.
         let vm = Vm::start(
             &self.0.config.vmm_path(),
@@ -69,51 +107,83 @@ impl Sandbox {
         fault::vmm(vm.process().pid);
         self.boot_step(Step::VmmRecorded).await?;
         self.adopt(&vm, vsock_events)?;
+        if matches!(origin, Origin::Kernel(_)) {
+            self.count_on_vm();
+        }
 
         self.boot_step(Step::VmmConfigured).await?;
-        let (agent_stream, config, descriptors) = self.vm_config()?;
+        let (agent_stream, config, descriptors) = self.vm_config(&origin)?;
         let agent = Agent::new(
             agent_stream,
             vm.clone(),
             Duration::from_secs(self.0.config.request_timeout_s.into()),
         )
         .map_err(VmError::Descriptor)?;
-        let times = tokio::select! {
-            biased;
-            times = vm.boot(config, descriptors) => match times {
-                // The reason of the end says more than the broken request.
-                Err(VmError::Gone) => return Err(Error::Ended((*vm.ended().await).clone())),
-                times => times?,
-            },
-            () = tokio::time::sleep(limit) => {
+        let booted = match vm.boot(config, descriptors, limit).await {
+            // The reason of the end says more than the broken request.
+            Err(VmError::Gone) => return Err(Error::Ended((*vm.ended().await).clone())),
+            Err(VmError::NoAnswer { .. }) => {
                 return Err(self.timeout(Step::VmmConfigured.words(), limit).await);
             }
+            booted => booted?,
         };
-        self.mark_boot(&times);
+        self.mark_boot(&booted.times);
+        self.lock().places = booted.devices;
 
         self.boot_step(Step::GuestBooted).await?;
-        // Both wait in the stream for the agent: it takes them one after the other without a round trip.
-        let setup = self.setup_request();
-        let (hello, ()) = tokio::try_join!(agent.hello(limit), agent.setup_sandbox(&setup, limit))?;
-        self.0
-            .timeline
-            .mark_at("agent_main", times.running.saturating_add(hello.main_uptime_us));
-        self.0
-            .timeline
-            .mark_at("agent_ready", times.running.saturating_add(hello.ready_uptime_us));
+        let running = booted.times.running;
+        let guest = Guest { vm, agent };
+        let attached = match origin {
+            Origin::Kernel(None) => {
+                // Both wait in the stream for the agent: it takes them one after the other without a round trip.
+                let setup = self.setup_request();
+                let agent = &guest.agent;
+                let (hello, ()) = tokio::try_join!(agent.hello(limit), agent.setup_sandbox(&setup, limit))?;
+                self.mark_agent(running, &hello);
+                true
+            }
+            Origin::Kernel(Some(making)) => {
+                let hello = guest.agent.hello(limit).await?;
+                self.mark_agent(running, &hello);
+                self.write_template(&guest.vm, making).await?;
+                guest.agent.setup_sandbox(&self.setup_request(), limit).await?;
+                false
+            }
+            Origin::Template(_) => {
+                let (resume, setup) = (self.resume_request()?, self.setup_request());
+                let agent = &guest.agent;
+                tokio::try_join!(agent.resume(&resume, limit), agent.setup_sandbox(&setup, limit))?;
+                false
+            }
+            Origin::Snapshot(restore) => {
+                let resume = self.fork_request()?;
+                guest.agent.resume(&resume, limit).await?;
+                // Its processes stand still all the same: they are frozen one by one.
+                guest.agent.thaw(&ThawRequest::default()).await?;
+                self.unplug_interfaces(&guest, restore).await?;
+                false
+            }
+        };
         self.0.timeline.mark("agent_answered");
+        self.count_on_vm();
+        if !attached {
+            self.attach_interfaces(&guest).await?;
+        }
+        Ok(guest)
+    }
 
+    /// The rest of the start: network, events.
+    async fn connect(&self, guest: Guest) -> Result<Guest, Error> {
         self.boot_step(Step::GuestNetwork).await?;
         let network = self.network().request.take();
         if let Some(request) = network {
-            agent.configure_network(&request).await?;
+            guest.agent.configure_network(&request).await?;
         }
         self.boot_step(Step::GuestEvents).await?;
-        let events = agent.events().await?;
+        let events = guest.agent.events().await?;
         self.0.timeline.mark("sandbox_ready");
         let listener = self.clone();
         tokio::spawn(async move { listener.run_events(events).await });
-        let guest = Guest { vm, agent };
         self.follow_network(&guest);
         tokio::spawn(self.clone().follow_memory(guest.vm.watch_memory()));
         Ok(guest)
@@ -154,54 +224,99 @@ impl Sandbox {
                 }
             }
         });
-        let (sandbox, vm) = (self.clone(), vm.clone());
-        tokio::spawn(async move {
-            let end = vm.ended().await;
-            sandbox.vm_ended(&end);
-        });
         Ok(())
     }
 
+    /// From here on the end of the VM is that of the sandbox.
+    pub(super) fn count_on_vm(&self) {
+        let vm = {
+            let mut state = self.lock();
+            if std::mem::replace(&mut state.vm_counts, true) {
+                return;
+            }
+            state.vm.clone()
+        };
+        if let Some(vm) = vm {
+            let sandbox = self.clone();
+            tokio::spawn(async move {
+                let end = vm.ended().await;
+                sandbox.vm_ended(&end);
+            });
+        }
+    }
+
     /// The host's end of the agent's stream, and the VM's description with its descriptors.
-    fn vm_config(&self) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
+    fn vm_config(&self, origin: &Origin<'_>) -> Result<(OwnedFd, VmConfig, Vec<OwnedFd>), Error> {
         let config = &self.0.config;
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(VmError::Descriptor)?;
         let mut fds = Descriptors::default();
         let kvm = fds.add(open_for_vm("KVM", "/dev/kvm".as_ref(), true)?);
-        let kernel = fds.add(open_for_vm("guest kernel", &config.kernel, false)?);
+        let start = match origin {
+            Origin::Kernel(_) => Start::Kernel {
+                kernel: fds.add(open_for_vm("guest kernel", &config.kernel, false)?),
+                command_line: config.kernel_parameters.clone(),
+            },
+            Origin::Template(template) => Start::Snapshot {
+                state: fds.add(template.state.try_clone().map_err(VmError::Descriptor)?.into()),
+                memory: fds.add(template.memory.try_clone().map_err(VmError::Descriptor)?.into()),
+            },
+            Origin::Snapshot(restore) => {
+                let snapshot = restore.snapshot();
+                Start::Snapshot {
+                    state: fds.add(snapshot.state.try_clone().map_err(VmError::Descriptor)?.into()),
+                    memory: fds.add(snapshot.memory.try_clone().map_err(VmError::Descriptor)?.into()),
+                }
+            }
+        };
         let root = fds.add(open_for_vm("root image", &config.image, false)?);
         let share = self.0.tree.as_ref().map(|_| Share {
             tag: SHARE_TAG.into(),
         });
         let agent = fds.add(theirs.into());
-        // The VMM's copies are the only ones: a tap goes when it closes them.
-        let nets: Vec<control::Net> = std::mem::take(&mut self.network().nets)
-            .into_iter()
-            .map(|net| control::Net {
-                tap: fds.add(net.tap),
-                mac: net.mac,
-                mtu: net.mtu,
-            })
-            .collect();
-        let net_slots = net_slots(nets.len(), config);
+        let net_slots = self.net_slots();
         self.network().slots = net_slots;
+        // The VMM's copies are the only ones: a tap goes when it closes them. A VM that is or becomes a template gets
+        // them later.
+        let nets: Vec<control::Net> = match origin {
+            Origin::Kernel(None) => std::mem::take(&mut self.network().nets)
+                .into_iter()
+                .map(|net| control::Net {
+                    tap: fds.add(net.tap),
+                    mac: net.mac,
+                    mtu: net.mtu,
+                })
+                .collect(),
+            _ => Vec::new(),
+        };
         let (size, max_vcpus, hotplug_mib) = {
             let sizing = &self.lock().sizing;
             (sizing.boot(), sizing.max_vcpus(), sizing.hotplug_mib())
         };
+        let (vcpus, disks) = match origin {
+            Origin::Snapshot(restore) => {
+                let mut disks = Vec::new();
+                for (slot, disk) in restore.take_disks() {
+                    let files = disk.files.into_iter().map(|file| fds.add(file)).collect();
+                    let read_only = disk.read_only;
+                    disks.push((slot, control::Disk { files, read_only }));
+                }
+                (restore.snapshot().manifest.machine.vcpus, disks)
+            }
+            _ => (size.vcpus, Vec::new()),
+        };
         let vm_config = VmConfig {
             version: control::VERSION,
-            vcpus: size.vcpus,
+            vcpus,
             max_vcpus,
             memory_mib: size.memory_mib,
             hotplug_mib,
             kvm,
-            kernel,
-            command_line: config.kernel_parameters.clone(),
+            start,
+            guest_cid: self.guest_cid()?,
             root,
             console: config.console,
             disk_slots: config.disk_slots,
-            disks: Vec::new(),
+            disks,
             net_slots,
             nets,
             share,
@@ -234,6 +349,12 @@ impl Sandbox {
         }
     }
 
+    fn mark_agent(&self, running: u64, hello: &HelloResponse) {
+        let timeline = &self.0.timeline;
+        timeline.mark_at("agent_main", running.saturating_add(hello.main_uptime_us));
+        timeline.mark_at("agent_ready", running.saturating_add(hello.ready_uptime_us));
+    }
+
     fn setup_request(&self) -> SetupSandboxRequest {
         SetupSandboxRequest {
             sandbox_id: self.0.id.clone(),
@@ -264,9 +385,15 @@ impl Sandbox {
         while let Some(event) = events.next().await {
             match event {
                 event::Kind::Exited(exited) => {
-                    self.process_exited(&exited.container_id, &exited.exec_id, exited.exit_status);
+                    if let Some(id) = self.id_of(&exited.container_id) {
+                        self.process_exited(&id, &exited.exec_id, exited.exit_status);
+                    }
                 }
-                event::Kind::Oom(oom) => self.out_of_memory(oom.container_id),
+                event::Kind::Oom(oom) => {
+                    if let Some(id) = self.id_of(&oom.container_id) {
+                        self.out_of_memory(id);
+                    }
+                }
                 // Not handed out by the stream.
                 _ => break,
             }

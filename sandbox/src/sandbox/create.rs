@@ -5,6 +5,7 @@ use bulkhead_protocol::agent::{
 };
 use bulkhead_protocol::control::{Disk, Fd, Request};
 
+use super::checkpoint::Made;
 use super::resize::Resize;
 use super::*;
 use crate::spec;
@@ -38,7 +39,8 @@ impl Sandbox {
         let id = request.id.clone();
         let cancel = {
             let mut state = self.lock();
-            if state.containers.contains_key(&id) {
+            let mut known = state.containers.iter();
+            if known.any(|(other, record)| *other == id || record.guest_id == id) {
                 return Err(Error::Exists(format!("container {id}")));
             }
             let record = Record::new(&id, request.role == Role::Sandbox);
@@ -163,6 +165,12 @@ impl Sandbox {
     }
 
     async fn create_registered(&self, request: ContainerRequest) -> Result<(), Error> {
+        spec::check(&request.spec, request.role)?;
+        if request.role != Role::Sandbox
+            && let Some(restore) = self.awaits()
+        {
+            return self.create_saved(restore, request).await;
+        }
         let ContainerRequest {
             id,
             mut spec,
@@ -172,7 +180,6 @@ impl Sandbox {
             role,
             pid_namespace,
         } = request;
-        spec::check(&spec, role)?;
         if role == Role::Sandbox {
             drop(stdio);
             return self.ready().await;
@@ -192,19 +199,26 @@ impl Sandbox {
         let root_spec = spec.root().as_ref().ok_or(spec::SpecError::Missing("root"))?;
         let root_path = bundle.join(root_spec.path());
         let plan = plan_root(&root, &root_path)?;
+        let destinations = spec::destinations(&spec);
+        let name = spec::container_name(&spec);
         let mut rewritten = spec::rewrite(spec, spec::probe)?;
 
         // The mounts are made while the guest boots, on a thread of their own: a slow file system must not
         // keep other requests waiting.
         let (tree, folder, volumes) = (self.0.tree.clone(), id.clone(), rewritten.volumes.clone());
+        let prepare = plan.clone();
         let preparing = tokio::task::spawn_blocking(move || {
             fault::point(Step::RootMounted).map_err(|error| Error::Step(Step::RootMounted, error))?;
-            tree.map(|tree| tree.prepare(&folder, &plan, &volumes))
+            tree.map(|tree| tree.prepare(&folder, &prepare, &volumes))
                 .transpose()
                 .map_err(Error::from)
         });
         let (guest, prepared) = tokio::join!(self.guest(), preparing);
         let (guest, prepared) = (guest?, prepared.map_err(Error::Task)??);
+        let pid_namespace = match pid_namespace {
+            PidNamespace::Container(id) => PidNamespace::Container(self.guest_id(&id)),
+            other => other,
+        };
         let (root, volumes) = prepared.ok_or_else(|| Error::NoContainer(self.0.id.clone()))?;
         self.step(&id, Step::VmGrown).await?;
         self.adjust(&guest, Resize::Grow).await?;
@@ -218,9 +232,23 @@ impl Sandbox {
         let block_volumes = std::mem::take(&mut rewritten.block_volumes);
         let block_devices = self.attach_block_volumes(&guest, &id, block_volumes).await?;
         self.step(&id, Step::StreamsListening).await?;
+        let made = Made {
+            name,
+            terminal: stdio.terminal,
+            streams: [&stdio.stdin, &stdio.stdout, &stdio.stderr].map(Option::is_some),
+            root: plan,
+            volumes: rewritten
+                .volumes
+                .iter()
+                .filter_map(|volume| destinations.get(volume.mount).cloned())
+                .zip(volumes)
+                .collect(),
+            block_device: block_devices.first().map(|device| device.path.clone().into()),
+        };
         let (streams, open) = self.0.streams.open(&guest.vm, stdio, None).await?;
         self.with(&id, |record| {
             record.streams.insert(String::new(), open);
+            record.made = Some(made);
             Ok(())
         })?;
         let message = CreateContainerRequest {
@@ -356,4 +384,43 @@ fn pid_namespace_message(namespace: PidNamespace) -> Option<agent::PidNamespace>
         kind: Some(kind),
         ..agent::PidNamespace::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use proptest::prelude::*;
+    use protobuf::Message;
+
+    use super::*;
+
+    fn any_namespace() -> impl Strategy<Value = PidNamespace> {
+        prop_oneof![
+            Just(PidNamespace::Own),
+            Just(PidNamespace::Pod),
+            "\\PC{0,20}".prop_map(PidNamespace::Container),
+        ]
+    }
+
+    proptest! {
+        /// Whose processes a container sees is the same to the agent, over the bytes of the request.
+        #[test]
+        fn pid_namespaces_reach_the_agent(wanted in any_namespace()) {
+            let request = CreateContainerRequest {
+                pid_namespace: pid_namespace_message(wanted.clone()).into(),
+                ..CreateContainerRequest::default()
+            };
+            let bytes = request.write_to_bytes().unwrap();
+            let arrived = CreateContainerRequest::parse_from_bytes(&bytes).unwrap();
+            use agent::pid_namespace::Kind;
+            let arrived = match arrived.pid_namespace.into_option().map(|namespace| namespace.kind.unwrap()) {
+                None => PidNamespace::Own,
+                Some(Kind::Pod(_)) => PidNamespace::Pod,
+                Some(Kind::Container(id)) => PidNamespace::Container(id),
+                Some(other) => panic!("{other:?}"),
+            };
+            prop_assert_eq!(arrived, wanted);
+        }
+    }
 }

@@ -3,11 +3,12 @@
 
 use std::time::Instant;
 
-use bulkhead_protocol::agent::ContainerStatsResponse;
+use bulkhead_protocol::agent::{ContainerStatsResponse, RemoveContainerResponse, StartContainerResponse};
 
 use super::*;
 use crate::agent::fake::{Fake, data, exited, oom};
 use crate::error::Kind;
+use crate::streams::Stdio;
 
 const LIMIT: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -64,6 +65,8 @@ fn hostile(name: &str, containers: &[&str]) -> Hostile {
         journal: Journal::create(&directory).unwrap(),
         network: GuestNetwork::default(),
         timeline: Timeline::new(None),
+        namespace: String::new(),
+        snapshot: None,
     };
     // Nothing is booted: the VM and the agent take their places below.
     let sandbox = Sandbox::start(options, told.clone(), Some(Error::Finished));
@@ -240,4 +243,61 @@ async fn made_up_counters_and_processes_are_left_out() {
     let processes = processes.unwrap();
     assert_eq!(processes.len(), crate::limits::PROCESSES);
     assert!(processes.iter().all(|process| process.exec.is_empty()));
+}
+
+/// Makes a call and drops it when the guest has been `asked`.
+async fn abandoned<T: std::fmt::Debug, I>(
+    call: impl Future<Output = T>,
+    asked: impl Future<Output = I>,
+) -> I {
+    soon(async {
+        tokio::select! {
+            id = asked => id,
+            done = call => panic!("{done:?}"),
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_deletion_goes_on_when_its_caller_stops_waiting() {
+    let mut pod = hostile("dropped", &["a", "b"]);
+    let _ = pod.agent.expect("Events").await;
+    pod.sandbox.process_exited("a", "", 7);
+    let removal = {
+        let delete = pod.sandbox.delete("a", "");
+        let asked = pod.agent.expect("RemoveContainer");
+        abandoned(delete, asked).await
+    };
+    // The first caller has gone. The next one hears how it ends.
+    let again = pod.sandbox.delete("a", "");
+    let removed = RemoveContainerResponse::default();
+    let answer = pod.agent.answer(removal, &removed);
+    let (exit, _) = soon(async { tokio::join!(again, answer) }).await;
+    assert_eq!(exit.unwrap().status, 7);
+    let gone = pod.sandbox.delete("a", "").await;
+    assert!(matches!(gone, Err(Error::NoContainer(_))), "{gone:?}");
+}
+
+#[tokio::test]
+async fn a_start_goes_on_when_its_caller_stops_waiting() {
+    let mut pod = hostile("started", &[]);
+    let _ = pod.agent.expect("Events").await;
+    let mut record = Record::new("a", false);
+    record.machine.created();
+    pod.sandbox.lock().containers.insert("a".into(), record);
+    let start = {
+        let start = pod.sandbox.start_process("a", "", Stdio::default());
+        let asked = pod.agent.expect("StartContainer");
+        abandoned(start, asked).await
+    };
+    // The caller has gone. An exit waits until the start is known to have come to its end.
+    pod.sandbox.process_exited("a", "", 3);
+    pod.agent.answer(start, &StartContainerResponse::default()).await;
+    assert_eq!(soon(pod.sandbox.wait("a", "")).await.unwrap().status, 3);
+    assert_eq!(
+        pod.told
+            .count(|event| matches!(event, SandboxEvent::Started { .. })),
+        1
+    );
 }

@@ -7,23 +7,40 @@ use super::*;
 use crate::streams::Stdio;
 
 impl Sandbox {
-    /// Starts the init process or an added one. `stdio` is for an added process.
+    /// Does `work` to its end, also when the caller stops waiting: ttrpc drops a call at its deadline, and what stops in
+    /// the middle leaves a container in a state that it cannot leave.
+    pub(super) async fn to_the_end<T, F>(&self, work: impl FnOnce(Self) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+        T: Send + 'static,
+    {
+        tokio::spawn(work(self.clone())).await.map_err(Error::Task)?
+    }
+
+    /// Starts the init process or an added one, also when the caller stops waiting. `stdio` is for an added process.
     ///
     /// # Errors
     /// [`Error::State`], or the agent's reason; the process can then be deleted.
     pub async fn start_process(&self, id: &str, exec: &str, stdio: Stdio) -> Result<(), Error> {
+        let (id, exec) = (id.to_owned(), exec.to_owned());
+        let start = |sandbox: Self| async move { sandbox.start_to_the_end(&id, &exec, stdio).await };
+        self.to_the_end(start).await
+    }
+
+    async fn start_to_the_end(&self, id: &str, exec: &str, stdio: Stdio) -> Result<(), Error> {
         let is_sandbox = self.with(id, |record| {
             record.machine.begin_start(exec)?;
             Ok(record.is_sandbox)
         })?;
         let result = match (is_sandbox, exec.is_empty()) {
             (true, _) => Ok(()),
+            (false, true) if let Some(result) = self.start_saved(id).await => result,
             (false, true) => {
                 // A network attached between creation and start is there when the program runs.
                 let settled = fault::reach(Step::NetworkSettled).await;
                 self.settle_network().await;
                 let request = StartContainerRequest {
-                    container_id: id.into(),
+                    container_id: self.guest_id(id),
                     ..Default::default()
                 };
                 let started = async {
@@ -75,7 +92,7 @@ impl Sandbox {
             Ok(())
         })?;
         let request = ExecProcessRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             exec_id: exec.into(),
             process_json,
             streams: Some(streams).into(),
@@ -127,11 +144,18 @@ impl Sandbox {
         })
     }
 
-    /// Deletes a container, or a process by exec id, that does not run; waits for its output to drain.
+    /// Deletes a container, or a process by exec id, that does not run; waits for its output to drain. A caller that stops
+    /// waiting, as containerd does after ten seconds, does not stop the deletion: who asks again waits for its end.
     ///
     /// # Errors
     /// [`Error::State`] while it runs.
     pub async fn delete(&self, id: &str, exec: &str) -> Result<Exit, Error> {
+        let (id, exec) = (id.to_owned(), exec.to_owned());
+        let delete = |sandbox: Self| async move { sandbox.delete_to_the_end(&id, &exec).await };
+        self.to_the_end(delete).await
+    }
+
+    async fn delete_to_the_end(&self, id: &str, exec: &str) -> Result<Exit, Error> {
         let never = Exit {
             status: KILLED,
             at_ns: now_ns(),
@@ -140,20 +164,24 @@ impl Sandbox {
             self.cancel(id).await;
             return Ok(never);
         }
-        let exit = self.with(id, |record| {
+        let (exit, other) = self.with(id, |record| {
             record.machine.check_delete(exec)?;
-            if exec.is_empty() {
-                if record.deleting {
-                    return Err(Error::State {
-                        what: format!("Container {id}"),
-                        state: "being deleted",
-                        operation: "delete it",
-                    });
-                }
-                record.deleting = true;
+            let exit = record.machine.process(exec)?.exit().unwrap_or(never);
+            if !exec.is_empty() {
+                return Ok((exit, None));
             }
-            Ok(record.machine.process(exec)?.exit().unwrap_or(never))
+            let other = record.deleting.as_ref().map(watch::Sender::subscribe);
+            record.deleting.get_or_insert_default();
+            Ok((exit, other))
         })?;
+        if let Some(mut other) = other {
+            // The other one tells before the record goes.
+            let told = other.wait_for(Option::is_some).await;
+            return told
+                .ok()
+                .and_then(|exit| *exit)
+                .ok_or_else(|| Error::NoContainer(id.to_owned()));
+        }
         let streams = self.with(id, |record| Ok(record.streams.remove(exec)))?;
         go_on(Step::OutputDrained).await;
         if let Some(streams) = streams {
@@ -174,7 +202,11 @@ impl Sandbox {
         }
         self.release_resources(id).await;
         let mut state = self.lock();
-        state.containers.remove(id);
+        if let Some(record) = state.containers.remove(id)
+            && let Some(deleting) = record.deleting
+        {
+            deleting.send_replace(Some(exit));
+        }
         self.0.sink.event(SandboxEvent::Deleted {
             container: id.into(),
             exit,
@@ -191,12 +223,16 @@ impl Sandbox {
         let Ok((streams, slots, is_sandbox)) = taken else {
             return;
         };
+        let guest_id = self.guest_id(id);
+        if let Some(restore) = &self.0.restore {
+            restore.leave(id);
+        }
         let vm = self.vm_now();
         let agent = if is_sandbox { None } else { self.agent_now().ok() };
         go_on(Step::GuestRemoved).await;
         if let Some(agent) = agent {
             let request = RemoveContainerRequest {
-                container_id: id.into(),
+                container_id: guest_id.clone(),
                 ..Default::default()
             };
             match agent.remove_container(&request).await {
@@ -233,8 +269,10 @@ impl Sandbox {
         go_on(Step::RootUnmounted).await;
         let tree = self.0.tree.clone();
         if let (Some(tree), false) = (tree, is_sandbox) {
-            let id = id.to_owned();
-            let _ = tokio::task::spawn_blocking(move || tree.remove(&id)).await;
+            let phase = Step::RootUnmounted.words();
+            if let Err(error) = on_thread(phase, move || tree.remove(&guest_id)).await {
+                log::warn!("{}", crate::error::chain(&error));
+            }
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The pod's network while the guest runs: what changes later, and streams to its loopback address.
 
 use bulkhead_protocol::agent::{ForwardRequest, PlugDeviceRequest};
-use bulkhead_protocol::control::{Fd, Inspection, Net, Reply, Request};
+use bulkhead_protocol::control::{Fd, Net, Request};
 use tokio::sync::{mpsc, oneshot};
 
+use super::restore::Restore;
 use super::*;
 use crate::error::chain;
 use crate::network::{Change, Connection, Follower, Forwarder, GuestNet, News};
@@ -132,11 +133,9 @@ impl Sandbox {
             guest.vm.ask(Request::DetachNet { slot }, Vec::new()).await?;
             unplugged?;
         }
-        for (slot, GuestNet { tap, mac, mtu }) in change.attach {
+        for (slot, net) in change.attach {
             log::debug!("network slot {slot}: new interface");
-            let net = Net { tap: Fd(0), mac, mtu };
-            guest.vm.ask(Request::AttachNet { slot, net }, vec![tap]).await?;
-            self.plug(guest, slot, true).await?;
+            self.attach(guest, slot, net).await?;
         }
         if let Some(request) = change.request {
             guest.agent.configure_network(&request).await?;
@@ -144,16 +143,35 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Makes the pod's interfaces devices of a VM that began without them.
+    pub(super) async fn attach_interfaces(&self, guest: &Guest) -> Result<(), Error> {
+        let nets = std::mem::take(&mut self.network().nets);
+        for (slot, net) in (0..).zip(nets) {
+            self.attach(guest, slot, net).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the guest of a snapshot give up the interfaces that it had.
+    pub(super) async fn unplug_interfaces(&self, guest: &Guest, restore: &Restore) -> Result<(), Error> {
+        for slot in 0..restore.snapshot().manifest.machine.net_slots {
+            self.plug(guest, slot, false).await?;
+        }
+        Ok(())
+    }
+
+    async fn attach(&self, guest: &Guest, slot: u32, net: GuestNet) -> Result<(), Error> {
+        let GuestNet { tap, mac, mtu } = net;
+        let net = Net { tap: Fd(0), mac, mtu };
+        guest.vm.ask(Request::AttachNet { slot, net }, vec![tap]).await?;
+        self.plug(guest, slot, true).await
+    }
+
     /// Has the guest's driver look at a network slot again.
     async fn plug(&self, guest: &Guest, slot: u32, present: bool) -> Result<(), Error> {
         let name = format!("net{slot}");
-        let place = match guest.vm.request(Request::Inspect, Vec::new()).await? {
-            Reply::Inspected(Inspection { devices, .. }) => {
-                devices.iter().position(|device| device.name == name)
-            }
-            _ => None,
-        };
-        let place = place.ok_or(VmError::WrongReply("inspect"))?;
+        let place = self.lock().places.iter().position(|device| *device == name);
+        let place = place.ok_or(VmError::WrongReply("boot"))?;
         let request = PlugDeviceRequest {
             place: u32::try_from(place).unwrap_or(u32::MAX),
             present,

@@ -11,25 +11,31 @@ use crate::limits;
 use crate::network::Counters;
 
 impl Sandbox {
-    /// Waits until containers can be created.
+    /// Waits until containers can be created. Those of a snapshot can be before there is a guest.
     ///
     /// # Errors
     /// Why the sandbox did not start, or that it has ended.
     pub async fn ready(&self) -> Result<(), Error> {
+        if self.awaits().is_some() {
+            return Ok(());
+        }
         self.guest().await.map(drop)
     }
 
     /// Whether containers can be created now.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.agent_now().is_ok() && !self.is_stopping()
+        (self.agent_now().is_ok() || self.awaits().is_some()) && !self.is_stopping()
     }
 
-    /// Asks the guest's agent for a sign of life.
+    /// Asks the guest's agent for a sign of life. There is nobody to ask yet where a snapshot waits for its containers.
     ///
     /// # Errors
     /// The agent does not serve, has not answered within `limit`, or the VM has ended.
     pub async fn ping(&self, limit: Duration) -> Result<(), Error> {
+        if self.awaits().is_some() {
+            return Ok(());
+        }
         self.agent_now()?.ping(limit).await
     }
 
@@ -123,8 +129,16 @@ impl Sandbox {
             self.signal_sandbox(id, signal);
             return Ok(());
         }
+        if let Some(restore) = self.awaits() {
+            // Its process stands still, and there is no guest yet that could be asked.
+            self.signal_sandbox(id, signal);
+            if self.state(id, "")?.exit.is_some() {
+                restore.leave(id);
+            }
+            return Ok(());
+        }
         let request = SignalProcessRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             exec_id: exec.into(),
             signal,
             all,
@@ -218,7 +232,7 @@ impl Sandbox {
             return Ok(());
         }
         let request = ResizeTerminalRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             exec_id: exec.into(),
             width,
             height,
@@ -227,16 +241,22 @@ impl Sandbox {
         self.agent_now()?.resize_terminal(&request).await.map(drop)
     }
 
-    /// Freezes a container.
+    /// Freezes a container, also when the caller stops waiting.
     ///
     /// # Errors
     /// [`Error::State`] unless it runs, or the agent's reason.
     pub async fn pause(&self, id: &str) -> Result<(), Error> {
+        let id = id.to_owned();
+        self.to_the_end(|sandbox: Self| async move { sandbox.pause_to_the_end(&id).await })
+            .await
+    }
+
+    async fn pause_to_the_end(&self, id: &str) -> Result<(), Error> {
         self.refuse_for_sandbox(id, "pausing the sandbox container")?;
         let agent = self.agent_now()?;
         self.with(id, |record| record.machine.begin_pause())?;
         let request = PauseContainerRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             ..Default::default()
         };
         let result = agent.pause_container(&request).await;
@@ -249,16 +269,22 @@ impl Sandbox {
         result.map(drop)
     }
 
-    /// Thaws a container.
+    /// Thaws a container, also when the caller stops waiting.
     ///
     /// # Errors
     /// [`Error::State`] unless it is frozen, or the agent's reason.
     pub async fn resume(&self, id: &str) -> Result<(), Error> {
+        let id = id.to_owned();
+        self.to_the_end(|sandbox: Self| async move { sandbox.resume_to_the_end(&id).await })
+            .await
+    }
+
+    async fn resume_to_the_end(&self, id: &str) -> Result<(), Error> {
         self.refuse_for_sandbox(id, "resuming the sandbox container")?;
         let agent = self.agent_now()?;
         self.with(id, |record| record.machine.begin_resume())?;
         let request = ResumeContainerRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             ..Default::default()
         };
         let result = agent.resume_container(&request).await;
@@ -293,7 +319,7 @@ impl Sandbox {
             return Ok(self.pod_stats());
         }
         let request = ContainerStatsRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             ..Default::default()
         };
         let mut stats = self.agent_now()?.for_query().container_stats(&request).await?;
@@ -310,7 +336,7 @@ impl Sandbox {
             return Ok(Vec::new());
         }
         let request = ListProcessesRequest {
-            container_id: id.into(),
+            container_id: self.guest_id(id),
             ..Default::default()
         };
         let mut list = self.agent_now()?.for_query().list_processes(&request).await?;

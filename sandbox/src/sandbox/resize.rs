@@ -24,6 +24,30 @@ pub(super) struct Applied {
 }
 
 impl Applied {
+    /// What a VM of a snapshot had been asked for.
+    pub(super) fn of(machine: &crate::snapshot::Machine) -> Self {
+        Self {
+            vcpus: machine.vcpus,
+            online: machine.online,
+            added_mib: machine.added_mib,
+            granted_mib: machine.added_mib,
+            pins: HashMap::new(),
+        }
+    }
+
+    /// vCPUs that exist, and those on line, of a VM that booted with `boot`.
+    pub(super) fn vcpus(&self, boot: u8) -> (u8, u8) {
+        match self.vcpus {
+            0 => (boot, boot),
+            vcpus => (vcpus, self.online),
+        }
+    }
+
+    /// Memory beside that of the boot in MiB.
+    pub(super) fn added_mib(&self) -> u32 {
+        self.added_mib
+    }
+
     /// The room that is left to a VM that says it has `told_mib` MiB more than at its boot. Its word counts only
     /// downwards: a VMM that was taken over does not give itself memory of the host.
     fn room(&mut self, told_mib: u32) -> u32 {
@@ -50,9 +74,7 @@ impl Sandbox {
             let state = self.lock();
             (state.sizing.boot(), state.sizing.wanted())
         };
-        if applied.vcpus == 0 {
-            (applied.vcpus, applied.online) = (boot.vcpus, boot.vcpus);
-        }
+        (applied.vcpus, applied.online) = applied.vcpus(boot.vcpus);
         let added = wanted.memory_mib.saturating_sub(boot.memory_mib);
         if added > applied.added_mib || (how == Resize::Fit && added < applied.added_mib) {
             self.set_memory(guest, &mut applied, added).await?;
@@ -96,11 +118,13 @@ impl Sandbox {
 
     /// Sets the limits of the pod's cgroup for a guest with `added_mib` MiB more than at its boot.
     ///
-    /// On a thread of its own: the kernel takes memory back before it answers, and other calls are answered meanwhile.
+    /// On a thread of its own: the kernel takes memory back before it answers.
     async fn limit_cgroup(&self, added_mib: u32) {
         if let Some(cgroup) = self.0.cgroup.clone() {
             let limits = self.lock().sizing.host_limits(added_mib);
-            let _ = tokio::task::spawn_blocking(move || cgroup.limit(&limits)).await;
+            if let Err(error) = on_thread("limits of the pod's cgroup", move || cgroup.limit(&limits)).await {
+                log::warn!("{}", chain(&error));
+            }
         }
     }
 
@@ -133,7 +157,7 @@ impl Sandbox {
             }
             let json = serde_json::json!({ "cpu": { "cpus": cpus } });
             let request = UpdateContainerRequest {
-                container_id: id.clone(),
+                container_id: self.guest_id(&id),
                 resources_json: json.to_string().into_bytes(),
                 ..Default::default()
             };
@@ -172,11 +196,18 @@ impl Sandbox {
     }
 
     /// Changes a container's limits; `resources_json` is an OCI `LinuxResources` object. The VM grows before the
-    /// container may use more, and shrinks after it may not. The sandbox container's are the pod's.
+    /// container may use more, and shrinks after it may not. The sandbox container's are the pod's. Goes on when the caller
+    /// stops waiting.
     ///
     /// # Errors
     /// [`Error::State`], or the agent's reason; the container keeps its limits then.
     pub async fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), Error> {
+        let (id, json) = (id.to_owned(), resources_json.to_owned());
+        self.to_the_end(|sandbox: Self| async move { sandbox.update_to_the_end(&id, &json).await })
+            .await
+    }
+
+    async fn update_to_the_end(&self, id: &str, resources_json: &[u8]) -> Result<(), Error> {
         let is_sandbox = self.with(id, |record| {
             record.machine.check_update()?;
             Ok(record.is_sandbox)
@@ -200,7 +231,7 @@ impl Sandbox {
             self.adjust(&guest, Resize::Grow).await?;
             translate(&mut resources, &self.lock().sizing, id);
             let request = UpdateContainerRequest {
-                container_id: id.into(),
+                container_id: self.guest_id(id),
                 resources_json: serde_json::to_vec(&resources).map_err(crate::spec::SpecError::Encode)?,
                 ..Default::default()
             };
@@ -257,6 +288,7 @@ pub(super) fn translate(resources: &mut LinuxResources, sizing: &Sizing, id: &st
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use proptest::prelude::*;
     use serde_json::{Value, json};
 
     use super::*;
@@ -304,5 +336,89 @@ mod tests {
         let mut update = read(json!({"cpu": {"quota": 7}}));
         translate(&mut update, &sizing, "a");
         assert_eq!(update, read(json!({"cpu": {"quota": 7}})));
+    }
+
+    /// JSON of limits with whatever names the host's processors, nodes and devices.
+    fn any_resources() -> impl Strategy<Value = Value> {
+        use proptest::option::of;
+        let device = (0i64..300, 0i64..300, any::<u64>())
+            .prop_map(|(major, minor, rate)| json!({"major": major, "minor": minor, "rate": rate}));
+        let devices = proptest::collection::vec(device, 0..3);
+        let cpu = (
+            of(any::<u64>()),
+            of(any::<i64>()),
+            of(any::<u64>()),
+            of("([0-9]{1,2}(-[0-9]{1,2})?(,[0-9])?)?"),
+            of("[0-3](-[0-3])?"),
+        );
+        let io = (of(10u16..1000), of(devices.clone()), of(devices));
+        let memory = (of(any::<i64>()), of(any::<i64>()));
+        (of(cpu), of(io), of(memory), of(any::<i64>())).prop_map(|(cpu, io, memory, pids)| {
+            let mut value = json!({"unified": {"memory.high": "1"}});
+            if let Some((shares, quota, period, cpus, mems)) = cpu {
+                value["cpu"] =
+                    json!({"shares": shares, "quota": quota, "period": period, "cpus": cpus, "mems": mems});
+            }
+            if let Some((weight, read, write)) = io {
+                value["blockIO"] = json!({"weight": weight, "throttleReadBpsDevice": read,
+                    "throttleWriteIOPSDevice": write, "weightDevice": []});
+            }
+            if let Some((limit, swap)) = memory {
+                value["memory"] = json!({"limit": limit, "swap": swap});
+            }
+            if let Some(limit) = pids {
+                value["pids"] = json!({"limit": limit});
+            }
+            value
+        })
+    }
+
+    proptest! {
+        /// Nothing of the host's numbers is left, processors that are named are some the guest can have, and all else is
+        /// as it was.
+        #[test]
+        fn what_the_guest_gets_names_nothing_of_the_host(value in any_resources(), others in 0u8..4) {
+            let config = Configuration { max_vcpus: Some(6), ..Configuration::default() };
+            let mut sizing = Sizing::new(&config, Host { processors: 64, memory_mib: 8192 }, None);
+            for number in 0..others {
+                let pinned = serde_json::from_value(json!({"cpu": {"cpus": format!("{number}-{}", number + 3)}})).unwrap();
+                let mut demand = Demand::default();
+                demand.update(&pinned);
+                sizing.add(&number.to_string(), demand);
+            }
+            let given: LinuxResources = serde_json::from_value(value).unwrap();
+            let mut demand = Demand::default();
+            demand.update(&given);
+            sizing.add("a", demand);
+            let mut translated = given.clone();
+            translate(&mut translated, &sizing, "a");
+            let once = translated.clone();
+            if let Some(cpu) = translated.cpu() {
+                prop_assert_eq!(cpu.mems(), &None);
+                let named = given.cpu().as_ref().and_then(|cpu| cpu.cpus().clone()).filter(|cpus| !cpus.is_empty());
+                for processor in cpu.cpus().iter().flat_map(|cpus| cpus.split(',')) {
+                    prop_assert!(named.is_some());
+                    prop_assert!(processor.parse::<u8>().unwrap() < 6, "{}", processor);
+                }
+            }
+            if let Some(io) = translated.block_io() {
+                let lists = serde_json::to_value(io).unwrap();
+                prop_assert!(lists.as_object().unwrap().keys().all(|key| !key.ends_with("Device")), "{}", lists);
+            }
+            // Put back what may differ: the rest must be equal.
+            if let (Some(cpu), Some(before)) = (translated.cpu().clone(), given.cpu()) {
+                let mut cpu = cpu;
+                cpu.set_cpus(before.cpus().clone());
+                cpu.set_mems(before.mems().clone());
+                translated.set_cpu(Some(cpu));
+            }
+            let weight = |resources: &LinuxResources| resources.block_io().as_ref().and_then(|io| io.weight());
+            prop_assert_eq!(weight(&translated), weight(&given));
+            translated.set_block_io(given.block_io().clone());
+            prop_assert_eq!(&translated, &given);
+            // The agent reads what is written.
+            let bytes = serde_json::to_vec(&once).unwrap();
+            prop_assert_eq!(serde_json::from_slice::<LinuxResources>(&bytes).unwrap(), once);
+        }
     }
 }

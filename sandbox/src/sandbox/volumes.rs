@@ -214,6 +214,13 @@ impl Sandbox {
         Err(fail(std::io::ErrorKind::ResourceBusy.into()).into())
     }
 
+    /// Follows a volume that a restored guest has, and brings it up to date.
+    pub(super) async fn catch_up(&self, guest: &Guest, volume: &Arc<PodVolume>) -> Result<(), Error> {
+        let mut shown = volume.shown.lock().await;
+        self.watch(volume)?;
+        self.bring_up_to_date(guest, volume, &mut shown).await
+    }
+
     /// Has a volume followed from now on.
     fn watch(&self, volume: &Arc<PodVolume>) -> Result<(), Error> {
         let fail = |error| StorageError::Update(volume.name.clone(), error);
@@ -264,7 +271,7 @@ impl Sandbox {
     /// Gives back the volumes that only container `id` used.
     pub(super) async fn release_volumes(&self, id: &str) {
         let Some(tree) = self.0.tree.clone() else { return };
-        let released = tree.release(id);
+        let released = tree.release(&self.guest_id(id));
         for volume in released {
             let watch = self
                 .0
@@ -286,7 +293,10 @@ impl Sandbox {
                 log::warn!("{}", chain(&error));
             }
             let tree = tree.clone();
-            let _ = tokio::task::spawn_blocking(move || tree.remove_volume(&volume)).await;
+            let phase = Step::VolumesReleased.words();
+            if let Err(error) = on_thread(phase, move || tree.remove_volume(&volume)).await {
+                log::warn!("{}", chain(&error));
+            }
         }
     }
 

@@ -122,6 +122,15 @@ impl PodVolume {
     }
 }
 
+/// By what names a guest knows a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeNames {
+    /// Its own.
+    pub name: String,
+    /// That of the volume which it is a directory of.
+    pub whole: Option<String>,
+}
+
 /// What makes two mounts the same volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Key {
@@ -161,9 +170,18 @@ struct State {
 }
 
 impl State {
-    fn name(&mut self) -> String {
-        self.next += 1;
-        self.next.to_string()
+    /// The name of a new volume: `known`, or one that none has had.
+    fn name(&mut self, known: Option<&str>) -> String {
+        match known {
+            Some(known) => {
+                self.next = self.next.max(known.parse().unwrap_or(0));
+                known.to_owned()
+            }
+            None => {
+                self.next += 1;
+                self.next.to_string()
+            }
+        }
     }
 
     fn find(&mut self, key: &Key, read_only: bool) -> Option<&mut Entry> {
@@ -187,6 +205,7 @@ impl Pool {
         tree: &Path,
         writable: &Path,
         wanted: &Volume,
+        names: Option<&VolumeNames>,
     ) -> Result<Arc<PodVolume>, StorageError> {
         let source = Source::open(&wanted.source)?;
         let stat = source.stat()?;
@@ -200,7 +219,7 @@ impl Pool {
             info::list().map_err(|error| StorageError::Create("/proc/self/mountinfo".into(), error))?;
         let mut state = self.lock();
         if is_directory && let Some(found) = in_memory(&source, &stat, &path, mount, &mounts)? {
-            return Ok(take_memory(&mut state, id, found));
+            return Ok(take_memory(&mut state, id, found, names));
         }
         let writable_everywhere = of_kind(&path, &[EMPTY]);
         let read_only = wanted.options.read_only() && !writable_everywhere;
@@ -220,7 +239,7 @@ impl Pool {
             entry.users.insert(id.to_owned());
             return Ok(entry.volume.clone());
         }
-        let name = state.name();
+        let name = state.name(names.map(|names| names.name.as_str()));
         let directory = tree.join(FOLDER).join(&name);
         attach_new(
             &source,
@@ -321,19 +340,28 @@ fn in_memory(
     }))
 }
 
-fn take_memory(state: &mut State, id: &str, found: InMemory) -> Arc<PodVolume> {
+fn take_memory(state: &mut State, id: &str, found: InMemory, names: Option<&VolumeNames>) -> Arc<PodVolume> {
     let InMemory { device, kind, below } = found;
-    let whole = take_one(state, id, &device, PathBuf::new(), kind);
+    let name = names.map(|names| names.name.as_str());
     match below {
-        None => whole,
+        None => take_one(state, id, &device, PathBuf::new(), kind, name),
         Some((owner, path)) => {
+            let whole = names.and_then(|names| names.whole.as_deref());
+            let whole = take_one(state, id, &device, PathBuf::new(), kind, whole);
             let kind = VolumeKind::Directory(owner, whole, path.clone());
-            take_one(state, id, &device, path, kind)
+            take_one(state, id, &device, path, kind, name)
         }
     }
 }
 
-fn take_one(state: &mut State, id: &str, device: &str, path: PathBuf, kind: VolumeKind) -> Arc<PodVolume> {
+fn take_one(
+    state: &mut State,
+    id: &str,
+    device: &str,
+    path: PathBuf,
+    kind: VolumeKind,
+    name: Option<&str>,
+) -> Arc<PodVolume> {
     let key = Key::Memory {
         device: device.to_owned(),
         path,
@@ -343,7 +371,7 @@ fn take_one(state: &mut State, id: &str, device: &str, path: PathBuf, kind: Volu
         return entry.volume.clone();
     }
     let volume = Arc::new(PodVolume {
-        name: state.name(),
+        name: state.name(name),
         kind,
         directory: None,
         shown: tokio::sync::Mutex::default(),

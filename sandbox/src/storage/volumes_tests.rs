@@ -31,7 +31,7 @@ fn entry(state: &mut State, inode: u64, read_only: bool, user: &str) -> String {
         entry.users.insert(user.into());
         return entry.volume.name.clone();
     }
-    let name = state.name();
+    let name = state.name(None);
     state.entries.push(Entry {
         key: key(inode),
         read_only,
@@ -132,7 +132,7 @@ fn a_source_that_was_replaced_is_refused() {
             options: parse_options(&["rbind"]).unwrap(),
             mount: 0,
         };
-        let taken = pool.take("c", &directory, &directory, &wanted);
+        let taken = pool.take("c", &directory, &directory, &wanted, None);
         assert!(matches!(taken, Err(StorageError::Changed(_))), "{name}");
     }
     fs::remove_dir_all(directory).unwrap();

@@ -176,7 +176,7 @@ impl Actor {
                 reason: limits::text(&exit.reason.to_string(), limits::TEXT),
                 orderly: exit.reason == bulkhead_protocol::control::ExitReason::PowerOff,
                 console: console::tail(&exit.console),
-                out_of_memory: false,
+                ..VmEnd::default()
             };
         }
         if let Some(reason) = self.verdict.get() {
@@ -210,9 +210,8 @@ impl Actor {
         }
         VmEnd {
             reason,
-            orderly: false,
-            console: String::new(),
             out_of_memory: oom,
+            ..VmEnd::default()
         }
     }
 }

@@ -129,5 +129,12 @@ fn spawn(
             Ok(())
         });
     }
-    command.spawn()
+    let child = command.spawn()?;
+    // Unlike the shim it may be killed for lack of memory: it is another's program.
+    if let Some(pid) = child.id()
+        && let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0")
+    {
+        log::warn!("cannot set oom_score_adj of the logger: {error}");
+    }
+    Ok(child)
 }

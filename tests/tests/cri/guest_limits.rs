@@ -174,14 +174,23 @@ fn a_container_gets_no_more_processor_time_than_its_quota() {
         })
         .start();
     let of = |key: &str| counter(&main, "cpu.stat", key);
-    let (before, throttled) = (of("usage_usec"), of("nr_throttled"));
-    // Four seconds of the guest's clock.
-    let burnt = main.exec(&["/probe", "burn", "4000"]);
-    assert_eq!(burnt.code, 0);
-    let used = of("usage_usec") - before;
-    // Two seconds, and what the commands around it take in theirs.
-    assert!(used < 3_500_000, "{used} µs");
+    let now = || -> f64 {
+        let text = main.sh("cat /proc/uptime").text();
+        text.split(' ').next().unwrap().parse().unwrap()
+    };
+    let (began, before, throttled) = (now(), of("usage_usec"), of("nr_throttled"));
+    // Four seconds of the guest's clock each; on a busy machine the guest itself may get less than the quota.
+    for _ in 0..4 {
+        assert_eq!(main.exec(&["/probe", "burn", "4000"]).code, 0);
+        if of("nr_throttled") - throttled >= 5 {
+            break;
+        }
+    }
     assert!(of("nr_throttled") - throttled >= 5, "{}", own(&main, "cpu.stat"));
+    let used = of("usage_usec") - before;
+    let limit = (now() - began) * 1e6 / 2.0;
+    // What is used beyond the quota of a period is taken off the next: at most the two at the ends count in full.
+    assert!((used as f64) < limit + 200_000.0, "{used} of {limit} µs");
     pod.remove().unwrap();
 }
 

@@ -82,9 +82,10 @@ fn pods_and_the_host_reach_each_other() {
     server.wait_for_log("listening");
     let (v4, v6) = (format!("{}:8080", b.ip()), format!("[{}]:8080", ipv6(&b)));
     // Large frames: as many as fit into a segment, and the largest that must not be split.
+    let many = config().crowd(3_000_000).to_string();
     for address in [&v4, &v6] {
-        let sent = probe.exec(&["/probe", "send", address, "3000000"]);
-        assert_eq!(sent.text(), "3000000 bytes\n", "pod to pod {address}");
+        let sent = probe.exec(&["/probe", "send", address, &many]);
+        assert_eq!(sent.text(), format!("{many} bytes\n"), "pod to pod {address}");
         let mut stream = TcpStream::connect(address.as_str()).unwrap();
         stream.set_read_timeout(Some(config().seconds(30))).unwrap();
         stream.write_all(&[1; 100_000]).unwrap();
@@ -110,8 +111,8 @@ fn pods_and_the_host_reach_each_other() {
             caller.read_to_end(&mut bytes).unwrap();
             write!(caller, "host {}", bytes.len()).unwrap();
         });
-        let sent = probe.exec(&["/probe", "send", &address, "1000000"]);
-        assert_eq!(sent.text(), "host 1000000\n");
+        let sent = probe.exec(&["/probe", "send", &address, &many]);
+        assert_eq!(sent.text(), format!("host {many}\n"));
         served.join().unwrap();
         let echo = UdpSocket::bind(format!("{gateway}:0")).unwrap();
         let address = echo.local_addr().unwrap().to_string();

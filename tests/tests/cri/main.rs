@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use bulkhead_tests::Fixture;
 
 mod cgroup;
+mod checkpoint;
 mod containers;
 mod ends;
 mod forward;
@@ -36,6 +37,7 @@ mod scale;
 mod security;
 mod snapshotters;
 mod streams;
+mod templates;
 mod volumes;
 
 /// The probe: beside this program, or where the build left it.

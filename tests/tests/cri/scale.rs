@@ -1,5 +1,6 @@
 //! Many pods, many containers, and containerd started anew.
 
+use std::io::{self, Write};
 use std::thread;
 
 use bulkhead_tests::cri::api::{ContainerState, VersionRequest};
@@ -7,21 +8,34 @@ use bulkhead_tests::{Fixture, config};
 
 use crate::pods;
 
+/// Says how far a test of many pods is. Not by `eprintln`, whose output is shown only when the test has ended.
+fn progress(number: u32, what: &str) {
+    let _ = writeln!(io::stderr(), "pod {number}: {what}");
+}
+
 fn one_pod(test: &Fixture, number: u32) {
     let pod = test.pod(&number.to_string()).run();
+    progress(number, "runs");
     let containers = ["a", "b", "c"].map(|name| pod.container(name, &["sleep", "1000"]).start());
+    progress(number, "containers run");
     for container in &containers {
         let text = container.sh("hostname").text();
         assert_eq!(text.trim(), pod.config.hostname);
     }
+    progress(number, "containers answer");
     containers[1].stop(0);
     containers[1].remove();
     assert_eq!(pod.containers().len(), 2);
+    drop(containers);
+    drop(pod);
+    progress(number, "is gone");
 }
 
 #[test]
 fn thirty_pods_of_three_containers_come_and_go_in_parallel() {
     let test = pods("parallel");
+    // Leaves the template from which a node's pods start.
+    drop(test.pod("first").run());
     thread::scope(|scope| {
         for number in 0..config().crowd(30) {
             let test = &test;

@@ -183,12 +183,13 @@ fn every_call_answers_and_says_what_it_does_not_know() {
 
     let checkpoint = api::CheckpointTaskRequest {
         id: id.clone(),
+        path: "relative".to_owned(),
         ..api::CheckpointTaskRequest::default()
     };
     let (code, message) = shim
         .call(async |client, context| client.checkpoint(context, &checkpoint).await)
         .unwrap_err();
-    assert_eq!(code, Code::UNIMPLEMENTED, "{message}");
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
 
     let stats = api::StatsRequest {
         id: id.clone(),

@@ -208,7 +208,9 @@ fn a_root_image_that_is_truncated_under_a_running_guest_ends_it_with_a_reason() 
 #[test]
 fn a_guest_that_stands_still_cannot_hold_up_a_kill() {
     let test = fixture("still");
-    let settings = test.configuration(&[("request_timeout_s", 2.into())]);
+    // Enough for the start.
+    let limit = config().seconds(2).as_secs();
+    let settings = test.configuration(&[("request_timeout_s", limit.into())]);
     let id = test
         .busybox("a", &["sleep", "1000"])
         .with(&["--runtime-config-path", &settings])

@@ -209,7 +209,7 @@ impl Walk {
             &self.namespace,
             "sh",
             "-c",
-            "tc filter show dev eth0 ingress; ip -o link | grep -v -e ' lo:' -e ' eth0@'",
+            "tc filter show dev eth0 ingress; tc qdisc show dev eth0 ingress; ip -o link | grep -v -e ' lo:' -e ' eth0@'",
         ]);
         let done = Session::start(command, config().seconds(10)).finish();
         let left = String::from_utf8_lossy(&done.stdout);
@@ -424,7 +424,12 @@ fn a_creation_has_a_deadline_that_names_its_phase_and_shows_the_console() {
     let _ = steps();
     // The guest has to boot in this time.
     let boot = config().seconds(5).as_secs();
-    let settings = test.configuration(&[("boot_timeout_s", boot.into()), ("request_timeout_s", 1.into())]);
+    let settings = test.configuration(&[
+        ("boot_timeout_s", boot.into()),
+        ("request_timeout_s", 1.into()),
+        // The console of a VM from a template begins empty.
+        ("templates", "off".into()),
+    ]);
     for (step, phase) in [
         ("GuestContainer", "container creation"),
         ("RootMounted", "mounts of root file system and volumes"),

@@ -67,7 +67,8 @@ fn files_of_every_kind_reach_the_snapshot() {
 #[test]
 fn a_hundred_mebibytes_survive_the_round_trip() {
     let test = fixture("hundred-mebibytes");
-    pattern::write(1, 100 * MIB, &mut File::create(test.work.join("in")).unwrap()).unwrap();
+    let size = u64::from(config().crowd(100)) * MIB;
+    pattern::write(1, size, &mut File::create(test.work.join("in")).unwrap()).unwrap();
     let mount = format!(
         "type=bind,src={},dst=/shared,options=rbind:rw",
         test.work.display()
@@ -76,10 +77,10 @@ fn a_hundred_mebibytes_survive_the_round_trip() {
     let run = test
         .run("a", PROBE_IMAGE, &["sh", "-c", script])
         .with(&["--mount", &mount]);
-    let length = format!("{} bytes\n", 100 * MIB);
+    let length = format!("{} bytes\n", size);
     assert_eq!(run.start_for(120).finish().text(), length.repeat(2));
     let mut copy = BufReader::new(File::open(test.work.join("out")).unwrap());
-    assert_eq!(pattern::check(1, &mut copy).unwrap(), 100 * MIB);
+    assert_eq!(pattern::check(1, &mut copy).unwrap(), size);
 }
 
 #[test]
@@ -92,12 +93,15 @@ fn a_directory_of_ten_thousand_entries_works() {
     }
     let mount = format!("type=bind,src={},dst=/many,options=rbind:rw", many.display());
     // Fewer are made in the guest: each takes several requests of about 5 ms in an emulated host.
-    let script = "set -e; ls /many | sort -u | wc -l; rm /many/entry-0012*; ls /many | wc -l; /probe entries /made 2000";
+    let made = config().crowd(2000);
+    let script = format!(
+        "set -e; ls /many | sort -u | wc -l; rm /many/entry-0012*; ls /many | wc -l; /probe entries /made {made}"
+    );
     let run = test
-        .run("a", PROBE_IMAGE, &["sh", "-c", script])
+        .run("a", PROBE_IMAGE, &["sh", "-c", &script])
         .with(&["--mount", &mount]);
     let text = run.start_for(60).finish().text();
-    assert_eq!(text, "10000\n9900\n2000 entries, 1000 left\n");
+    assert_eq!(text, format!("10000\n9900\n{made} entries, {} left\n", made / 2));
     assert_eq!(fs::read_dir(&many).unwrap().count(), 9900);
     assert!(many.join("entry-001199").exists() && !many.join("entry-001200").exists());
 }

@@ -15,6 +15,9 @@ mod inside;
 /// MKNOD, SETFCAP.
 const FILE_SERVER: &str = "00000000880000db";
 
+/// Largest file in bytes that the VMM makes, for whomever: 16 TiB.
+const FILE_SIZE: &str = "17592186044416";
+
 /// Beginnings of the names of what it makes of its own, and of streams.
 const GIVEN: [&str; 6] = [
     "anon_inode:kvm-vm",
@@ -131,10 +134,37 @@ fn the_vmm_has_no_power_over_the_host() {
     };
     assert_eq!(limit("Max core file size"), ["0", "0"]);
     assert_eq!(limit("Max locked memory"), ["0", "0"]);
+    assert_eq!(limit("Max file size"), [FILE_SIZE, FILE_SIZE]);
     let files = limit("Max open files");
     assert_eq!(files[0], files[1]);
     assert!(files[0].parse::<u64>().unwrap() <= 1 << 20, "{files:?}");
     running.end();
+}
+
+#[test]
+fn a_file_ends_at_the_limit_and_the_vm_does_not() {
+    let test = fixture("jail-file-size");
+    let mount = format!(
+        "type=bind,src={},dst=/volume,options=rbind:rw",
+        test.work.display()
+    );
+    // Where the largest file ends, made longer, written beyond, and what is written last in it.
+    let script = format!(
+        "cd /volume; truncate -s {FILE_SIZE} file && echo whole; \
+         truncate -s {FILE_SIZE}1 file 2>&1; \
+         echo x | dd of=file bs=1 count=1 seek={FILE_SIZE} conv=notrunc 2>&1; \
+         echo x | dd of=file bs=1 count=1 seek=17592186044415 conv=notrunc 2>/dev/null && echo last; \
+         stat -c %s file; tail -c 1 file; echo; rm file"
+    );
+    let said = test
+        .busybox("a", &["sh", "-c", &script])
+        .with(&["--mount", &mount])
+        .finish()
+        .text();
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.first(), Some(&"whole"), "{said}");
+    assert_eq!(said.matches("File too large").count(), 2, "{said}");
+    assert!(said.ends_with(&format!("last\n{FILE_SIZE}\nx\n")), "{said}");
 }
 
 #[test]
@@ -193,6 +223,14 @@ fn the_vmm_sees_the_shared_tree_and_no_network() {
     running.end();
 }
 
+/// Whether a descriptor was opened for reading alone (proc_pid_fdinfo(5)).
+fn is_read_only(running: &Running, number: i32) -> bool {
+    let info = running.read(&format!("fdinfo/{number}"));
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|text| i32::from_str_radix(text.trim(), 8).ok());
+    flags.is_some_and(|flags| flags & libc::O_ACCMODE == libc::O_RDONLY)
+}
+
 #[test]
 fn the_vmm_holds_what_it_was_given() {
     let running = Running::new("jail-descriptors");
@@ -216,6 +254,10 @@ fn the_vmm_holds_what_it_was_given() {
                     // The far ends of streams.
                     || target.contains("/fifo")
                     || target.ends_with("/dev/null")
+                    // Memory of the template it began from, which it cannot write.
+                    || (target.ends_with("/memory") && is_read_only(&running, number))
+                    // Room for the list of open files while the VM is written down.
+                    || target == "/memfd:files (deleted)"
                     // The tree, and what is mounted in it.
                     || target == "/"
                     || fs::metadata(&path).is_ok_and(|file| file.dev() == own_root)

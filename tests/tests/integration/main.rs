@@ -22,6 +22,7 @@ use bulkhead_tests::Fixture;
 
 mod bad_input;
 mod calls;
+mod checkpoint;
 mod crash;
 mod events;
 mod failure;
@@ -37,11 +38,13 @@ mod process;
 mod resources;
 mod sandbox_api;
 mod scale;
+mod snapshot;
 mod snapshotters;
 mod soak;
 mod specification;
 mod streams;
 mod task;
+mod templates;
 mod vmm;
 mod volumes;
 

@@ -286,7 +286,9 @@ fn a_sandbox_lives_through_all_its_calls() {
     assert_eq!(metrics.data.type_url, "io.containerd.cgroups.v2.Metrics");
     let counters =
         containerd_shim_protos::cgroups_v2::metrics::Metrics::parse_from_bytes(&metrics.data.value);
-    assert!(counters.unwrap().memory.usage > 16 << 20, "the VM's memory");
+    // A VM from a template has little of its own.
+    let usage = counters.unwrap().memory.usage;
+    assert!(usage > 1 << 20, "the VM's memory: {usage}");
 
     let waiting = sandbox.wait();
     let look = "hostname; cat /etc/hostname /etc/resolv.conf /proc/sys/kernel/shm_rmid_forced; \

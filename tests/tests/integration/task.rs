@@ -155,11 +155,6 @@ fn errors_have_the_right_code() {
     let _ = test
         .ctr(&["tasks", "delete", &id])
         .expect_error(&["precondition", "running"]);
-    let _ = test.ctr(&["tasks", "checkpoint", &id]).expect_error(&[
-        "not supported",
-        "not implemented",
-        "unimplemented",
-    ]);
     let missing = ["tasks", "exec", "--exec-id", "missing", &id, "/no/such/program"];
     let said = test.ctr(&missing).expect_error(&["no such file", "not found"]);
     assert!(said.contains("/no/such/program"), "{said}");

@@ -1,6 +1,8 @@
 //! The virtual machine itself: its size, and the whole of it paused.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
@@ -8,8 +10,9 @@ use std::time::Duration;
 use bulkhead_protocol::control::{Fd, Request};
 use bulkhead_tests::fixture::wait_until;
 use bulkhead_tests::image::PROBE_IMAGE;
-use bulkhead_tests::vm::Vm;
+use bulkhead_tests::vm::{Snapshot, Vm};
 use bulkhead_tests::{Finished, Fixture, config, host};
+use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 
 use crate::fixture;
 
@@ -158,4 +161,97 @@ fn the_smallest_machine_runs_a_container() {
     let test = fixture("vm-smallest");
     let done = sized(&test, "default_memory", 64, "echo it runs");
     assert_eq!(done.text(), "it runs\n");
+}
+
+#[test]
+fn a_snapshot_is_of_a_paused_machine_and_leaves_it_as_it_is() {
+    let _test = fixture("vm-snapshot");
+    let mut vm = Vm::boot(2, 128, "");
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(10)), "{:?}", vm.inspect());
+    let request = Request::Snapshot {
+        state: Fd(0),
+        memory: Fd(1),
+        pagemap: Fd(2),
+    };
+    let files = vec![tempfile(), tempfile(), vm.pagemap().into()];
+    let refused = vm.request(request, files).unwrap_err();
+    assert!(refused.contains("paused"), "{refused}");
+    vm.tell(Request::Pause);
+    let snapshot = vm.snapshot();
+    assert_eq!(snapshot.memory.metadata().unwrap().len(), 128 << 20);
+    vm.tell(Request::Resume);
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(5)), "{:?}", vm.inspect());
+
+    // Others like it live beside it.
+    let mut clones: Vec<_> = (0..3)
+        .map(|number| Vm::restore(2, 128, 100 + number, &snapshot).unwrap())
+        .collect();
+    for clone in &mut clones {
+        clone.resume_agent([7; 32]);
+        assert!(clone.answers(config().seconds(5)), "{:?}", clone.inspect());
+        let state = clone.inspect();
+        assert!(
+            state.devices.iter().all(|device| device.status & 64 == 0),
+            "{state:?}"
+        );
+    }
+    // Each wrote to its own memory only.
+    let mut late = Vm::restore(2, 128, 200, &snapshot).unwrap();
+    late.resume_agent([8; 32]);
+    assert!(late.answers(config().seconds(5)), "{:?}", late.inspect());
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(5)), "{:?}", vm.inspect());
+}
+
+#[test]
+fn a_snapshot_that_is_damaged_or_foreign_makes_no_machine() {
+    let _test = fixture("vm-snapshot-bad");
+    let mut vm = Vm::boot(1, 128, "");
+    vm.ask_agent();
+    assert!(vm.answers(config().seconds(10)), "{:?}", vm.inspect());
+    vm.tell(Request::Pause);
+    let good = vm.snapshot();
+    drop(vm);
+    let refusal = |vcpus, memory_mib, snapshot: &Snapshot| {
+        Vm::restore(vcpus, memory_mib, 3, snapshot).expect_err("a refusal")
+    };
+    assert!(refusal(2, 128, &good).contains("vcpus was 1 and is 2"));
+    assert!(refusal(1, 64, &good).contains("memory_mib was 128 and is 64"));
+    let mut state = Vec::new();
+    (&good.state).rewind().unwrap();
+    (&good.state).read_to_end(&mut state).unwrap();
+    let with = |bytes: &[u8]| {
+        let file = File::from(tempfile());
+        (&file).write_all(bytes).unwrap();
+        Snapshot {
+            state: file,
+            memory: good.memory.try_clone().unwrap(),
+        }
+    };
+    assert!(refusal(1, 128, &with(&state[..state.len() - 1])).contains("bytes after its header"));
+    let mut altered = state.clone();
+    altered[100] ^= 1;
+    assert!(refusal(1, 128, &with(&altered)).contains("checksum"));
+    let mut newer = state.clone();
+    newer[8] += 1;
+    assert!(refusal(1, 128, &with(&newer)).contains("version"));
+    assert!(refusal(1, 128, &with(b"something else")).contains("does not begin as one"));
+    let short = with(&state);
+    let short = Snapshot {
+        memory: File::from(tempfile()),
+        ..short
+    };
+    let words = refusal(1, 128, &short);
+    assert!(words.contains("Memory file has 0 bytes"), "{words}");
+    // The files themselves are as good as before.
+    let mut vm = Vm::restore(1, 128, 3, &good).unwrap();
+    vm.resume_agent([9; 32]);
+    assert!(vm.answers(config().seconds(5)), "{:?}", vm.inspect());
+}
+
+/// An empty file.
+fn tempfile() -> OwnedFd {
+    memfd_create(c"empty", MemFdCreateFlag::MFD_CLOEXEC).unwrap()
 }

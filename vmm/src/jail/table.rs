@@ -39,6 +39,16 @@ mod ioctl {
     pub const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
     pub const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
     pub const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+    pub const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+    pub const KVM_GET_SREGS: u32 = 0x8138_ae83;
+    pub const KVM_GET_XSAVE: u32 = 0x9000_aea4;
+    pub const KVM_GET_XCRS: u32 = 0x8188_aea6;
+    pub const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
+    pub const KVM_GET_MSRS: u32 = 0xc008_ae88;
+    pub const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
+    pub const KVM_GET_TSC_KHZ: u32 = 0xaea3;
+    pub const KVM_GET_IRQCHIP: u32 = 0xc208_ae62;
+    pub const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
     pub const TUNSETOFFLOAD: u32 = 0x4004_54d0;
     pub const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 }
@@ -164,6 +174,19 @@ pub const RULES: &[Rule] = &[
         ioctl::KVM_SET_LAPIC,
         ioctl::KVM_SET_USER_MEMORY_REGION,
     ])),
+    // Snapshots.
+    checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
+        ioctl::KVM_GET_MP_STATE,
+        ioctl::KVM_GET_SREGS,
+        ioctl::KVM_GET_XSAVE,
+        ioctl::KVM_GET_XCRS,
+        ioctl::KVM_GET_DEBUGREGS,
+        ioctl::KVM_GET_MSRS,
+        ioctl::KVM_GET_VCPU_EVENTS,
+        ioctl::KVM_GET_TSC_KHZ,
+        ioctl::KVM_GET_IRQCHIP,
+        ioctl::KVM_GET_CLOCK,
+    ])),
     checked("clone", libc::SYS_clone, M, Check::OneOf(0, &[THREAD_FLAGS])),
     // Its flags are in memory, where a filter does not see them. The C library goes on with clone(2).
     checked("clone3", libc::SYS_clone3, M, Check::Refuse(libc::ENOSYS as u16)),
@@ -206,6 +229,9 @@ pub const RULES: &[Rule] = &[
     rule("fsetxattr", libc::SYS_fsetxattr, F),
     rule("flistxattr", libc::SYS_flistxattr, F),
     rule("fremovexattr", libc::SYS_fremovexattr, F),
+    // When the guest's files are written down the library compares their handles, and where there are none the numbers of
+    // inodes. It has these files open, so no number comes twice: handles tell it nothing more.
+    checked("name_to_handle_at", libc::SYS_name_to_handle_at, F, Check::Refuse(libc::EOPNOTSUPP as u16)),
 
     // It acts as the owner the guest names.
     rule("geteuid", libc::SYS_geteuid, F),

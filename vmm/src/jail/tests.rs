@@ -60,3 +60,18 @@ fn privileges_cannot_come_back() {
     });
     assert_eq!(privileges, 1);
 }
+
+#[test]
+fn limits_are_lowered_for_good() {
+    use nix::sys::resource::getrlimit;
+    if refused_without_root() {
+        return;
+    }
+    let (limits, raised) = in_jail(|| {
+        let limits = LIMITS.map(|(resource, _)| getrlimit(resource).unwrap());
+        let raised = setrlimit(Resource::RLIMIT_FSIZE, FILE_SIZE, FILE_SIZE + 1);
+        (limits, raised)
+    });
+    assert_eq!(limits, LIMITS.map(|(_, limit)| (limit, limit)));
+    assert_eq!(raised, Err(Errno::EPERM));
+}

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES, Segment};
-use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// The balloon gives way when the guest runs out of memory (virtio 1.2, 5.5.3).
@@ -177,6 +177,18 @@ impl VirtioDevice for Balloon {
             }
             Ok(0)
         })
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Balloon(self.save())
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(RestoreError::Kind);
+        };
+        (self.target, self.actual) = (state.target, state.actual);
+        Ok(())
     }
 }
 

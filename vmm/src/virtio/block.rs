@@ -20,7 +20,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
 
 const QUEUE_SIZES: &[u16] = &[128];
 
@@ -216,5 +216,20 @@ impl VirtioDevice for Block {
         queue.serve(BUDGET, |memory, chain| {
             request::serve(memory, chain, self.disk.as_ref(), self.slot)
         })
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Block(self.save())
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Block(state) = state else {
+            return Err(RestoreError::Kind);
+        };
+        let now = self.save();
+        RestoreError::check("slot", &state.slot, &now.slot)?;
+        // The guest's file systems know the size.
+        RestoreError::check("capacity in sectors", &state.sectors, &now.sectors)?;
+        RestoreError::check("read-only", &state.read_only, &now.read_only)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use virtio_queue::Queue;
 
-use super::Interrupt;
+use super::{DeviceState, Interrupt, RestoreError};
 use crate::memory::GuestMemory;
 
 /// Everything a device needs to run, handed over when the driver sets `DRIVER_OK`.
@@ -63,7 +63,7 @@ pub enum Turn {
 /// eventfds by [`owns_queue_events`](Self::owns_queue_events).
 ///
 /// What a snapshot must carry lives in a plain, serialisable state struct of each device, apart from
-/// descriptors and threads.
+/// descriptors and threads. A device that is restored was made as a new one and given its descriptors before.
 pub trait VirtioDevice: Debug + Send {
     /// Short name with the instance number, for example `blk2`.
     fn name(&self) -> &str;
@@ -142,4 +142,14 @@ pub trait VirtioDevice: Debug + Send {
 
     /// Goes on after [`pause`](Self::pause).
     fn resume(&mut self) {}
+
+    /// State for a snapshot, in a pause.
+    fn save_state(&mut self) -> DeviceState;
+
+    /// Takes over what is not about queues from a state; a new device that is not active. If the saved one was,
+    /// [`activate`](Self::activate) follows with its queues.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
 }

@@ -6,7 +6,9 @@
 
 #[cfg(fuzzing)]
 mod inline;
+mod known;
 mod message;
+mod reports;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -22,10 +24,12 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::worker::{Worker, WorkerThread};
-use super::{Activation, DeviceError, Turn, VirtioDevice, config};
+use super::queue::{DeviceQueue, RING_FEATURES};
+use super::worker::{WorkState, Worker, WorkerThread};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 use crate::jail::{Thread, filter};
+
+use known::Scratch;
 
 #[cfg(fuzzing)]
 pub use inline::Inline;
@@ -46,6 +50,9 @@ pub enum FsError {
     /// No more descriptors.
     #[error("Cannot create an event descriptor")]
     Event(#[source] io::Error),
+    /// No file in memory.
+    #[error("Cannot create a file in memory")]
+    Scratch(#[source] io::Error),
     /// The limit of open files cannot be set.
     #[error("Cannot raise the limit of open files")]
     Limit(#[source] io::Error),
@@ -63,8 +70,12 @@ pub struct Fs {
     failed: EventFd,
     thread: Option<WorkerThread>,
     worker: Option<Worker>,
-    /// State of the queues while paused.
-    paused: Option<Vec<DeviceQueueState>>,
+    /// Holds what the server knows while it is written down or read.
+    scratch: Scratch,
+    /// State while paused.
+    paused: Option<WorkState>,
+    /// What a restored server has to know.
+    known: Vec<u8>,
 }
 
 impl Fs {
@@ -94,7 +105,9 @@ impl Fs {
             failed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(FsError::Event)?,
             thread: None,
             worker: None,
+            scratch: Scratch::new().map_err(FsError::Scratch)?,
             paused: None,
+            known: Vec::new(),
         })
     }
 
@@ -115,25 +128,22 @@ impl Fs {
         Ok(())
     }
 
-    /// State of the queues for a snapshot, in a pause. What the server knows of the guest's open files is
-    /// not part of it.
-    pub fn save(&self) -> Option<&[DeviceQueueState]> {
-        self.paused.as_deref()
-    }
-
     fn stop(&mut self) {
         if let Some(worker) = self.worker.take() {
             worker.stop();
         }
     }
 
-    fn start(&self, queues: Vec<DeviceQueue>) -> io::Result<Worker> {
-        let root = self.root.try_clone()?;
-        let proc_self_fd = self.proc_self_fd.try_clone()?;
+    fn start(&self, queues: Vec<DeviceQueue>, known: Vec<u8>) -> io::Result<Worker> {
+        let files = server::Files {
+            root: self.root.try_clone()?,
+            proc_self_fd: self.proc_self_fd.try_clone()?,
+            scratch: self.scratch.try_clone()?,
+        };
         let guest_files = self.guest_files;
         let thread = self.thread.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         Worker::start(thread, self.kicks.clone(), self.failed.try_clone()?, move || {
-            server::Server::new(&root, proc_self_fd, guest_files, queues)
+            server::Server::new(files, guest_files, queues, &known)
         })
     }
 }
@@ -163,13 +173,22 @@ impl VirtioDevice for Fs {
         // The worker of a driver that did not reset the device.
         self.stop();
         let queues = DeviceQueue::from_activation(activation);
-        self.worker = Some(self.start(queues).map_err(DeviceError::Backend)?);
+        let known = std::mem::take(&mut self.known);
+        let is_restored = !known.is_empty();
+        let worker = self.start(queues, known).map_err(DeviceError::Backend)?;
+        if is_restored {
+            // A guest must not go on without the files it has open. This waits for the host's file systems, on the thread
+            // that makes the VM: whoever wants the VM gives up in the end.
+            worker.built()?;
+        }
+        self.worker = Some(worker);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.stop();
         self.paused = None;
+        self.known = Vec::new();
     }
 
     fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
@@ -211,5 +230,26 @@ impl VirtioDevice for Fs {
         if let Some(worker) = &self.worker {
             worker.resume();
         }
+    }
+
+    /// With the files that the guest knows and has open, by their names in the tree: a restored device needs a tree that
+    /// has them.
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Fs(self.paused.clone().unwrap_or_default())
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else {
+            return Err(RestoreError::Kind);
+        };
+        if state.queues.is_empty() && !state.known.is_empty() {
+            // What a driver knows it has been told over queues.
+            return Err(RestoreError::Queues {
+                queues: QUEUE_SIZES.len(),
+                saved: 0,
+            });
+        }
+        self.known.clone_from(&state.known);
+        Ok(())
     }
 }

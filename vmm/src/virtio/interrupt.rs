@@ -47,6 +47,11 @@ impl Interrupt {
         self.status.load(Ordering::SeqCst)
     }
 
+    /// Sets the status register of a restored device.
+    pub fn restore(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+    }
+
     /// Clears the given bits of the status register.
     pub fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);

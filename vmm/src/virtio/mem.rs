@@ -19,7 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::balloon::discard;
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// Bytes of a block, the unit of plugging: a huge page, so that giving one back never splits one.
@@ -342,5 +342,35 @@ impl VirtioDevice for Mem {
         });
         self.active = Some(active);
         result
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Mem(self.save())
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Mem(state) = state else {
+            return Err(RestoreError::Kind);
+        };
+        RestoreError::check("start of added memory", &state.start, &self.start)?;
+        RestoreError::check("size of added memory", &state.size, &self.size())?;
+        let mut blocks = vec![false; self.blocks.len()];
+        for (first, count) in &state.plugged {
+            let run = usize::try_from(*first)
+                .ok()
+                .zip(first.checked_add(*count).and_then(|end| end.try_into().ok()))
+                .and_then(|(first, end): (usize, usize)| blocks.get_mut(first..end));
+            run.ok_or_else(|| RestoreError::Differs {
+                what: "end of plugged blocks",
+                saved: format!("{first} + {count}"),
+                now: self.blocks.len().to_string(),
+            })?
+            .fill(true);
+        }
+        self.plugged = blocks.iter().filter(|plugged| **plugged).count() as u64 * BLOCK_SIZE;
+        self.blocks = blocks;
+        self.usable = state.usable.min(self.size());
+        self.requested = state.requested.min(self.usable);
+        Ok(())
     }
 }

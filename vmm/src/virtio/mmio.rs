@@ -11,9 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use registers::Registers;
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, DeviceError, Interrupt, Turn, VirtioDevice};
+use super::queue::DeviceQueueState;
+use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice};
 use crate::arch::layout;
 use crate::error_chain;
 use crate::memory::GuestMemory;
@@ -168,9 +170,57 @@ impl MmioTransport {
         self.status.load(Ordering::SeqCst)
     }
 
-    /// State of the registers, for a snapshot.
-    pub fn save(&self) -> TransportState {
-        lock(&self.registers).save(self.interrupt.status())
+    /// State of registers and device, for a snapshot, in a pause.
+    pub fn save(&self) -> (TransportState, DeviceState) {
+        let registers = lock(&self.registers).save(self.interrupt.status());
+        (registers, lock(&self.device).save_state())
+    }
+
+    /// Brings registers and device to a saved state. An active device does nothing until [`start`](Self::start).
+    ///
+    /// # Errors
+    /// [`RestoreError`]; parts of the state may be in place.
+    pub fn restore(&self, registers: &TransportState, device: &DeviceState) -> Result<(), RestoreError> {
+        let mut own = lock(&self.registers);
+        own.restore(registers)?;
+        let queues = device.queues();
+        if !queues.is_empty() && queues.len() != self.queue_events.len() {
+            return Err(RestoreError::Queues {
+                queues: self.queue_events.len(),
+                saved: queues.len(),
+            });
+        }
+        self.status.store(own.status(), Ordering::SeqCst);
+        self.failed.store(own.needs_reset(), Ordering::SeqCst);
+        self.interrupt.restore(registers.interrupt_status);
+        lock(&self.device).restore_state(device)
+    }
+
+    /// Activates a restored device that was active, and makes up for notifications that were under way either way:
+    /// one too many does nothing.
+    ///
+    /// # Errors
+    /// [`RestoreError::Queue`], [`RestoreError::Activate`].
+    pub fn start(&self, state: &DeviceState) -> Result<(), RestoreError> {
+        let queues = state.queues().iter().map(DeviceQueueState::restore);
+        let queues = queues
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(RestoreError::Queue)?;
+        if queues.is_empty() || self.failed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.activate(&lock(&self.registers), queues)
+            .map_err(RestoreError::Activate)?;
+        for (event, queue) in self.queue_events.iter().zip(state.queues()) {
+            if queue.ready {
+                // It can fail only if the counter is full: then it is readable.
+                let _ = event.write(1);
+            }
+        }
+        if self.interrupt.status() != 0 {
+            let _ = self.interrupt.event().write(1);
+        }
+        Ok(())
     }
 
     /// A watched kick eventfd is readable.
@@ -308,21 +358,27 @@ impl MmioTransport {
                 }
             }
             registers::StatusChange::Activate => {
-                let activation = Activation {
-                    memory: (*self.memory).clone(),
-                    queues: registers.take_queues(),
-                    interrupt: self.interrupt.clone(),
-                    features: registers.features(),
-                };
-                let mut device = lock(&self.device);
-                let result = device.activate(activation);
-                self.active.store(result.is_ok(), Ordering::Relaxed);
-                drop((device, registers));
+                let queues = registers.take_queues();
+                let result = self.activate(&registers, queues);
+                drop(registers);
                 if let Err(error) = result {
                     self.fail(&error);
                 }
             }
         }
+    }
+
+    fn activate(&self, registers: &Registers, queues: Vec<Queue>) -> Result<(), DeviceError> {
+        let activation = Activation {
+            memory: (*self.memory).clone(),
+            queues,
+            interrupt: self.interrupt.clone(),
+            features: registers.features(),
+        };
+        let mut device = lock(&self.device);
+        let result = device.activate(activation);
+        self.active.store(result.is_ok(), Ordering::Relaxed);
+        result
     }
 }
 

@@ -9,8 +9,8 @@ mod tests;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
-use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Turn, VirtioDevice, config};
+use super::queue::{Chain, DeviceQueue, RING_FEATURES};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// The only request type (virtio 1.2, 5.19.6).
@@ -43,11 +43,6 @@ impl Pmem {
             config,
             queue: None,
         }
-    }
-
-    /// State for a snapshot.
-    pub fn save(&self) -> Option<DeviceQueueState> {
-        self.queue.as_ref().map(DeviceQueue::save)
     }
 }
 
@@ -85,6 +80,17 @@ impl VirtioDevice for Pmem {
         match &mut self.queue {
             Some(queue) => queue.serve(BUDGET, answer),
             None => Ok(Turn::Done),
+        }
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Pmem(self.queue.as_ref().map(DeviceQueue::save))
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Pmem(_) => Ok(()),
+            _ => Err(RestoreError::Kind),
         }
     }
 }

@@ -210,16 +210,7 @@ impl DeviceQueue {
 
     /// State for a snapshot; no chain may be out.
     pub fn save(&self) -> DeviceQueueState {
-        DeviceQueueState {
-            max_size: self.queue.max_size(),
-            size: self.queue.size(),
-            ready: self.queue.ready(),
-            descriptors: self.queue.desc_table(),
-            available: self.queue.avail_ring(),
-            used: self.queue.used_ring(),
-            next_available: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
-        }
+        DeviceQueueState::of(&self.queue)
     }
 
     fn driver_wants_interrupt(&mut self) -> Result<bool, DeviceError> {
@@ -271,6 +262,20 @@ impl DeviceQueue {
 }
 
 impl DeviceQueueState {
+    /// State of a queue.
+    pub fn of(queue: &Queue) -> Self {
+        Self {
+            max_size: queue.max_size(),
+            size: queue.size(),
+            ready: queue.ready(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
+    }
+
     /// The queue as the transport hands it to a device that is activated again.
     ///
     /// # Errors

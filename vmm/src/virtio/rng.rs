@@ -8,8 +8,8 @@ use std::io;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, Turn, VirtioDevice};
+use super::queue::{Chain, DeviceQueue, RING_FEATURES};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Most bytes given for one request. The driver asks again for more, so that one huge request does not
@@ -29,11 +29,6 @@ impl Rng {
     /// A device that is not activated.
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// State for a snapshot.
-    pub fn save(&self) -> Option<DeviceQueueState> {
-        self.queue.as_ref().map(DeviceQueue::save)
     }
 }
 
@@ -71,6 +66,17 @@ impl VirtioDevice for Rng {
         match &mut self.queue {
             Some(queue) => queue.serve(BUDGET, fill),
             None => Ok(Turn::Done),
+        }
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Rng(self.queue.as_ref().map(DeviceQueue::save))
+    }
+
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Rng(_) => Ok(()),
+            _ => Err(RestoreError::Kind),
         }
     }
 }

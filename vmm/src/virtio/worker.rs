@@ -1,8 +1,9 @@
 //! A thread that serves the queues of one device.
 //!
 //! The thread is there before the guest is, and takes on one [`Worker`] after the other: a driver's activation of its
-//! device comes on a vCPU's thread, which may not start threads. The owner can pause a worker between two requests, read the state of its queues then, and stop it. A device
-//! whose requests block on the host (a file server) runs on a worker, so that others do not wait for it.
+//! device comes on a vCPU's thread, which may not start threads. The owner can pause a worker between two requests, get
+//! its state then, and stop it. A device whose requests block on the host (a file server) runs on a worker, so that others
+//! do not wait for it.
 
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -30,6 +32,10 @@ const STOP_TIME: Duration = Duration::from_secs(1);
 /// How long a worker gets to finish its request before a pause fails. The control socket waits meanwhile.
 pub const PAUSE_TIME: Duration = Duration::from_secs(2);
 
+/// How long it gets to write its state down then: a file server takes tens of microseconds for each file the guest knows.
+/// With [`PAUSE_TIME`] it is less than whoever asks for a pause waits.
+pub const SAVE_TIME: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
+
 /// Epoll data of the eventfd that wakes the worker; queues have their index.
 const WAKE: u64 = u64::MAX;
 
@@ -42,8 +48,21 @@ pub trait Work {
     /// The device cannot go on; the worker ends.
     fn process_queue(&mut self, index: usize, interrupted: &AtomicBool) -> Result<(), DeviceError>;
 
-    /// State of all queues, in order.
-    fn save_queues(&self) -> Vec<DeviceQueueState>;
+    /// What another worker goes on from. Work that takes long ends early, with any error, when `cancelled` is set: the
+    /// pause is over and nobody wants the state.
+    ///
+    /// # Errors
+    /// Something of it cannot be written down. The worker can go on.
+    fn save(&mut self, cancelled: &Arc<AtomicBool>) -> io::Result<WorkState>;
+}
+
+/// State of what runs on a worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkState {
+    /// Queues in order.
+    pub queues: Vec<DeviceQueueState>,
+    /// What else the work knows, in a form of its own; empty: nothing.
+    pub known: Vec<u8>,
 }
 
 /// A thread for workers. It ends when the handle is dropped and its worker has ended.
@@ -98,10 +117,14 @@ struct Shared {
 
 struct Control {
     wanted: Wanted,
-    parked: bool,
+    /// Set when the pause is over whose state is being written down.
+    cancelled: Arc<AtomicBool>,
+    built: bool,
+    stage: Stage,
     ended: bool,
     failure: Option<DeviceError>,
-    queues: Vec<DeviceQueueState>,
+    /// Written down by the pause that lasts.
+    saved: Option<io::Result<WorkState>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +132,17 @@ enum Wanted {
     Run,
     Pause,
     Stop,
+}
+
+/// How far the worker is with a pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Between pauses, or in a request.
+    Running,
+    /// Its state is being written down.
+    Saving,
+    /// It waits.
+    Parked,
 }
 
 impl Worker {
@@ -127,10 +161,12 @@ impl Worker {
         let shared = Arc::new(Shared {
             control: Mutex::new(Control {
                 wanted: Wanted::Run,
-                parked: false,
+                cancelled: Arc::default(),
+                built: false,
+                stage: Stage::Running,
                 ended: false,
                 failure: None,
-                queues: Vec::new(),
+                saved: None,
             }),
             changed: Condvar::new(),
             interrupted: AtomicBool::new(false),
@@ -149,30 +185,56 @@ impl Worker {
         }
         let for_thread = shared.clone();
         let job = Job(Box::new(move || {
-            let result = build().and_then(|work| for_thread.run(work, &epoll, kicks.len()));
+            let result = build().and_then(|work| {
+                for_thread.lock().built = true;
+                for_thread.changed.notify_all();
+                for_thread.run(work, &epoll, kicks.len())
+            });
             for_thread.end(result);
         }));
         thread.0.send(job).map_err(|_| io::ErrorKind::BrokenPipe)?;
         Ok(Self { shared })
     }
 
-    /// Stops work between two requests and returns the state of the queues. Returns at once if the
-    /// worker has ended.
+    /// Waits until the work is built.
     ///
     /// # Errors
-    /// A request takes more than [`PAUSE_TIME`]; the worker stops behind it unless it is resumed before.
-    pub fn pause(&self) -> io::Result<Vec<DeviceQueueState>> {
-        self.shared.want(Wanted::Pause);
+    /// Why it could not be; nobody else is told then.
+    pub fn built(&self) -> Result<(), DeviceError> {
         let control = self.shared.lock();
         let wait = self
             .shared
             .changed
-            .wait_timeout_while(control, PAUSE_TIME, |control| !control.parked && !control.ended);
-        let (control, waited) = wait.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
-            return Err(io::ErrorKind::TimedOut.into());
+            .wait_while(control, |control| !control.built && !control.ended);
+        let mut control = wait.unwrap_or_else(PoisonError::into_inner);
+        if control.built {
+            return Ok(());
         }
-        Ok(control.queues.clone())
+        control.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Stops work between two requests and returns its state; that of a worker that has ended is empty.
+    ///
+    /// # Errors
+    /// A request takes more than [`PAUSE_TIME`], or the state cannot be written down, or not in [`SAVE_TIME`]. The worker
+    /// stays stopped, or stops behind the request, until it is resumed.
+    pub fn pause(&self) -> io::Result<WorkState> {
+        self.shared.want(Wanted::Pause);
+        let late = |what| io::Error::new(io::ErrorKind::TimedOut, what);
+        let control = self
+            .shared
+            .wait_while_in(self.shared.lock(), Stage::Running, PAUSE_TIME)
+            .ok_or_else(|| late("a request takes too long"))?;
+        let control = self
+            .shared
+            .wait_while_in(control, Stage::Saving, SAVE_TIME)
+            .ok_or_else(|| late("its state takes too long to write down"))?;
+        match &control.saved {
+            None => Ok(WorkState::default()),
+            // Copies, for a second pause on top of this one.
+            Some(Ok(state)) => Ok(state.clone()),
+            Some(Err(error)) => Err(io::Error::new(error.kind(), error.to_string())),
+        }
     }
 
     /// Goes on after [`pause`](Self::pause).
@@ -227,16 +289,35 @@ impl Shared {
     }
 
     fn want(&self, wanted: Wanted) {
-        self.lock().wanted = wanted;
+        let mut control = self.lock();
+        if control.wanted != wanted {
+            control.wanted = wanted;
+            control.cancelled.store(true, Ordering::Release);
+        }
+        drop(control);
         self.interrupted.store(wanted != Wanted::Run, Ordering::Release);
         self.changed.notify_all();
         // Fails only if the counter is full, and then the worker wakes anyway.
         let _ = self.wake.write(1);
     }
 
+    /// Waits as long as the worker is in `stage` and has not ended; `None`: longer than `limit`.
+    fn wait_while_in<'a>(
+        &self,
+        control: MutexGuard<'a, Control>,
+        stage: Stage,
+        limit: Duration,
+    ) -> Option<MutexGuard<'a, Control>> {
+        let wait = self
+            .changed
+            .wait_timeout_while(control, limit, |control| control.stage == stage && !control.ended);
+        let (control, waited) = wait.unwrap_or_else(PoisonError::into_inner);
+        (!waited.timed_out()).then_some(control)
+    }
+
     fn run<W: Work>(&self, mut work: W, epoll: &Epoll, queues: usize) -> Result<(), DeviceError> {
         let mut events = vec![EpollEvent::default(); queues + 1];
-        while self.may_run(&work) {
+        while self.may_run(&mut work) {
             // At the start and after a pause: kicks may have come meanwhile.
             for index in 0..queues {
                 work.process_queue(index, &self.interrupted)?;
@@ -260,17 +341,28 @@ impl Shared {
     }
 
     /// Waits as long as the owner wants a pause. Whether to run on.
-    fn may_run<W: Work>(&self, work: &W) -> bool {
+    fn may_run<W: Work>(&self, work: &mut W) -> bool {
         let mut control = self.lock();
-        if control.wanted == Wanted::Pause {
-            control.queues = work.save_queues();
-        }
         while control.wanted == Wanted::Pause {
-            control.parked = true;
+            if control.saved.is_none() {
+                let cancelled = Arc::default();
+                control.cancelled = Arc::clone(&cancelled);
+                control.stage = Stage::Saving;
+                self.changed.notify_all();
+                // Without the lock, because it may take longer than the owner waits.
+                drop(control);
+                let saved = work.save(&cancelled);
+                control = self.lock();
+                // There may be another pause by now.
+                control.saved = (!cancelled.load(Ordering::Acquire)).then_some(saved);
+                continue;
+            }
+            control.stage = Stage::Parked;
             self.changed.notify_all();
             control = self.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
         }
-        control.parked = false;
+        control.stage = Stage::Running;
+        control.saved = None;
         control.wanted == Wanted::Run
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::peers::Peers;
 use super::{Arguments, Part};
 use crate::cargo::Programs;
 use crate::host::{Artifacts, Host, IMAGE, Outcome, Run};
@@ -22,6 +23,9 @@ const TRIES: u32 = 2;
 /// Runtime handlers whose pods are measured, as the tests' containerd has them.
 const HANDLERS: [&str; 3] = ["runc", "kata", "kata-shim"];
 
+/// Starts at the same time, and memory in MiB of a machine that has room for the most of them.
+const PARALLEL: (&str, u32) = ("1 10 50", 6144);
+
 /// Where the programs that measure are in the emulated host.
 const DIRECTORY: &str = "/opt/bench";
 
@@ -35,6 +39,8 @@ pub struct Bench<'a> {
     pub programs: &'a Programs,
     /// The machine.
     pub host: &'a Host,
+    /// Programs of others.
+    pub peers: &'a Peers,
     /// An empty directory.
     pub out: &'a Path,
 }
@@ -58,11 +64,13 @@ impl Bench<'_> {
         let text = fs::read_to_string(&transcript).context("cannot read the benchmark's output")?;
         let mut values = parse(&text)?;
         if part == Part::Containers {
-            for timeline in timelines(&files.join("timeline"))? {
-                values
-                    .entry("ours_agent_ready".to_owned())
-                    .or_default()
-                    .push(span(&timeline, "vmm_main", "agent_answered")?);
+            for kind in ["template", "cold"] {
+                for timeline in timelines(&files.join("timeline").join(kind))? {
+                    values
+                        .entry(format!("{kind}_agent_ready"))
+                        .or_default()
+                        .push(span(&timeline, "vmm_main", "agent_answered")?);
+                }
             }
         }
         Ok(values)
@@ -73,18 +81,37 @@ impl Bench<'_> {
         let rounds = self.arguments.rounds.to_string();
         let at = |name: &str| format!("{DIRECTORY}/{name}");
         let program = |name: &str| -> Result<_> { Ok((at(name), self.programs.get(name)?.to_owned())) };
+        let script = |name: &str| (at(name), workspace::path(&format!("tests/host/{name}")));
         match part {
             Part::Containers => {
                 let mut run = Run::new(vec!["with-containerd".into(), at("bench").into()]);
-                run.files = vec![
-                    (at("bench"), workspace::path("tests/host/bench")),
-                    program("boot")?,
-                ];
+                run.files = vec![script("bench"), script("bench-common"), program("boot")?];
+                run.files.extend(self.peers.files());
                 // QEMU as a peer, in the host: of the same release as the host's root.
                 run.trees = vec![self.host.machine.qemu_tree()];
                 run.environment = vec![
                     ("BENCH_ROUNDS".to_owned(), rounds),
                     ("BENCH_BOOT".to_owned(), at("boot")),
+                ];
+                Ok(run)
+            }
+            Part::Parallel => {
+                let mut run = Run::new(vec!["with-containerd".into(), at("bench-parallel").into()]);
+                let (counts, memory_mib) = PARALLEL;
+                run.memory_mib = memory_mib;
+                run.files = vec![script("bench-parallel"), script("bench-common")];
+                run.environment = vec![("BENCH_COUNTS".to_owned(), counts.to_owned())];
+                Ok(run)
+            }
+            Part::Io => {
+                let mut run = Run::new(vec!["with-containerd".into(), at("bench-io").into()]);
+                run.files = vec![script("bench-io"), script("bench-common"), program("io-load")?];
+                run.files.extend(self.peers.files());
+                run.trees = vec![self.host.machine.qemu_tree()];
+                run.environment = vec![
+                    ("BENCH_ROUNDS".to_owned(), rounds),
+                    ("BENCH_FILES".to_owned(), self.arguments.files.to_string()),
+                    ("BENCH_LOAD".to_owned(), at("io-load")),
                 ];
                 Ok(run)
             }

@@ -1,125 +1,73 @@
 //! The values as tables in Markdown.
 
-use anyhow::{Context, Result};
+use std::fmt::Write as _;
+
+use anyhow::Result;
 
 use super::Part;
 use super::measure::Values;
-
-/// A row: what it is, our value, the peer's name and value.
-struct Row(&'static str, &'static str, &'static str, &'static str);
-
-const CONTAINERS: [Row; 3] = [
-    Row("`ctr run` to first output", "ours_run", "runc", "runc_run"),
-    Row(
-        "VMM process start to the agent's connection (peer: to init's first line)",
-        "ours_boot",
-        "QEMU microvm",
-        "qemu_boot",
-    ),
-    Row(
-        "the same in `ctr run`, VMM's main to the agent's first answer",
-        "ours_agent_ready",
-        "QEMU microvm",
-        "qemu_boot",
-    ),
-];
-
-const PODS: [Row; 4] = [
-    Row(
-        "`RunPodSandbox`, handler `kata`",
-        "sandbox_kata",
-        "runc",
-        "sandbox_runc",
-    ),
-    Row(
-        "`RunPodSandbox`, handler `kata-shim`",
-        "sandbox_kata-shim",
-        "runc",
-        "sandbox_runc",
-    ),
-    Row("pod ready, handler `kata`", "ready_kata", "runc", "ready_runc"),
-    Row(
-        "pod ready, handler `kata-shim`",
-        "ready_kata-shim",
-        "runc",
-        "ready_runc",
-    ),
-];
+use super::rows::{Ratios, Rows, Side, Unit};
 
 /// The tables of what was measured.
 ///
 /// # Errors
 /// A value of one of `parts` is missing.
-pub fn table(parts: &[Part], values: &Values) -> Result<String> {
+pub fn table(rows: &Rows, parts: &[Part], values: &Values, ratios: &Ratios) -> Result<String> {
     let mut tables = Vec::new();
-    let mut starts =
-        String::from("| start, virtual ms (median; all) | Bulkhead | peer | ratio |\n|---|---|---|---|\n");
-    for part in parts {
-        let rows = match part {
-            Part::Containers => &CONTAINERS[..],
-            Part::Pods => &PODS[..],
-        };
-        for Row(what, ours, peer, theirs) in rows {
-            let (ours, theirs) = (get(values, ours)?, get(values, theirs)?);
-            let ratio = median(ours) as f64 / median(theirs) as f64;
-            starts += &format!(
-                "| {what} | {} | {peer} {} | {ratio:.2} |\n",
-                milliseconds(ours),
-                milliseconds(theirs)
+    for table in &rows.tables {
+        let mut text = format!(
+            "| {} | Bulkhead | peer | ratio | recorded |\n|---|---|---|---|---|\n",
+            table.head
+        );
+        let mut any = false;
+        for row in rows.of(parts).filter(|row| row.table == table.id) {
+            any = true;
+            let [ours, theirs] = row.sides(values)?;
+            let recorded = ratios
+                .get(&row.id)
+                .map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"));
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} {} | {:.2} | {recorded} |",
+                row.what,
+                side(&ours, table.unit),
+                row.peer,
+                side(&theirs, table.unit),
+                row.ratio(values)?
             );
         }
-    }
-    tables.push(starts);
-    if parts.contains(&Part::Containers) {
-        tables.push(memory(values)?);
+        if any {
+            tables.push(text);
+        }
     }
     Ok(tables.join("\n"))
 }
 
-fn memory(values: &Values) -> Result<String> {
-    let of = |name: &str| get(values, name).map(median);
-    let (shim, vmm) = (of("ours_shim_pss")?, of("ours_vmm_pss")?);
-    let (runc_shim, process) = (of("runc_shim_pss")?, of("runc_process_pss")?);
-    Ok(format!(
-        "| memory of an idle pod, PSS in MiB, two running | Bulkhead | runc | ratio |\n|---|---|---|---|\n\
-         | shim + VMM with guest (runc: shim + process) | {} + {} = {} | {} + {} = {} | {:.2} |\n",
-        mebibytes(shim),
-        mebibytes(vmm),
-        mebibytes(shim + vmm),
-        mebibytes(runc_shim),
-        mebibytes(process),
-        mebibytes(runc_shim + process),
-        (shim + vmm) as f64 / (runc_shim + process) as f64
-    ))
-}
-
-fn get<'a>(values: &'a Values, name: &str) -> Result<&'a [u64]> {
-    values
-        .get(name)
-        .map(Vec::as_slice)
-        .with_context(|| format!("{name} was not measured"))
-}
-
-fn median(values: &[u64]) -> u64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0)
-}
-
-fn milliseconds(microseconds: &[u64]) -> String {
-    let one = |value: u64| format!("{:.1}", value as f64 / 1000.0);
-    let all: Vec<String> = microseconds.iter().map(|value| one(*value)).collect();
-    format!("{} ({})", one(median(microseconds)), all.join(", "))
-}
-
-fn mebibytes(kibibytes: u64) -> String {
-    format!("{:.1}", kibibytes as f64 / 1024.0)
+/// `520.0 (600.0, 500.0, 520.0)`, or `1.0 + 9.0 = 10.0`.
+fn side(side: &Side, unit: Unit) -> String {
+    let written = |value: u64| match unit {
+        Unit::Milliseconds => format!("{:.1}", value as f64 / 1000.0),
+        Unit::Mebibytes => format!("{:.1}", value as f64 / 1024.0),
+    };
+    let list = |values: &[u64], between: &str| -> String {
+        let values: Vec<_> = values.iter().map(|value| written(*value)).collect();
+        values.join(between)
+    };
+    if side.parts.len() > 1 {
+        return format!("{} = {}", list(&side.parts, " + "), written(side.sum()));
+    }
+    // Of many starts at once the single ones say nothing.
+    if side.all.is_empty() || side.all.len() > 9 {
+        return written(side.sum());
+    }
+    format!("{} ({})", written(side.sum()), list(&side.all, ", "))
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use super::super::rows_file;
     use super::*;
 
     fn values(list: &[(&str, &[u64])]) -> Values {
@@ -128,24 +76,43 @@ mod tests {
             .collect()
     }
 
+    fn of(parts: &[Part], values: &Values) -> Result<String> {
+        table(
+            &Rows::load(&rows_file()).unwrap(),
+            parts,
+            values,
+            &Ratios::default(),
+        )
+    }
+
     #[test]
     fn values_of_containers_become_tables() {
         let values = values(&[
             ("ours_run", &[600_000, 500_000, 520_000]),
             ("runc_run", &[400_000]),
+            ("crun_run", &[260_000]),
+            ("runsc_run", &[1_040_000]),
             ("qemu_boot", &[200_000]),
-            ("ours_agent_ready", &[100_000]),
+            ("cold_run", &[440_000]),
+            ("cold_agent_ready", &[100_000]),
+            ("template_agent_ready", &[5_000]),
+            ("cold_shim_pss", &[1024]),
+            ("cold_vmm_pss", &[19456]),
             ("ours_boot", &[100_000]),
             ("ours_shim_pss", &[1024]),
             ("ours_vmm_pss", &[9216]),
             ("runc_shim_pss", &[10240]),
             ("runc_process_pss", &[0]),
         ]);
-        let table = table(&[Part::Containers], &values).unwrap();
+        let table = of(&[Part::Containers], &values).unwrap();
         for row in [
-            "| 520.0 (600.0, 500.0, 520.0) | runc 400.0 (400.0) | 1.30 |",
+            "| 520.0 (600.0, 500.0, 520.0) | runc 400.0 (400.0) | 1.30 | – |",
+            "| crun 260.0 (260.0) | 2.00 |",
+            "| 440.0 (440.0) | runc 400.0 (400.0) | 1.10 |",
+            "| 5.0 (5.0) | Bulkhead, cold 100.0 (100.0) | 0.05 |",
             "| QEMU microvm 200.0 (200.0) | 0.50 |",
-            "1.0 + 9.0 = 10.0 | 10.0 + 0.0 = 10.0 | 1.00 |",
+            "1.0 + 19.0 = 20.0 | runc 10.0 + 0.0 = 10.0 | 2.00 |",
+            "1.0 + 9.0 = 10.0 | runc 10.0 + 0.0 = 10.0 | 1.00 |",
         ] {
             assert!(table.contains(row), "{table}");
         }
@@ -162,7 +129,7 @@ mod tests {
             ("ready_kata", &[400_000]),
             ("ready_kata-shim", &[100_000]),
         ]);
-        let table = table(&[Part::Pods], &values).unwrap();
+        let table = of(&[Part::Pods], &values).unwrap();
         for row in [
             "| `RunPodSandbox`, handler `kata` | 150.0 (150.0) | runc 100.0 (100.0) | 1.50 |",
             "| `RunPodSandbox`, handler `kata-shim` | 125.0 (125.0) | runc 100.0 (100.0) | 1.25 |",
@@ -175,9 +142,22 @@ mod tests {
     }
 
     #[test]
+    fn the_worst_of_many_stands_alone() {
+        let many: Vec<u64> = (1..=10).map(|value| value * 1000).collect();
+        let all = side(
+            &Side {
+                parts: vec![5000],
+                all: many,
+            },
+            Unit::Milliseconds,
+        );
+        assert_eq!(all, "5.0");
+    }
+
+    #[test]
     fn a_missing_value_is_named() {
         for (part, name) in [(Part::Containers, "ours_run"), (Part::Pods, "sandbox_kata")] {
-            let error = table(&[part], &Values::new()).unwrap_err();
+            let error = of(&[part], &Values::new()).unwrap_err();
             assert!(error.to_string().contains(name), "{error}");
         }
     }

@@ -6,7 +6,7 @@ use std::fs;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::Counts;
+use super::counts::Counts;
 use crate::workspace;
 
 /// Behaviours with their tests, in the tests' folder.
@@ -46,11 +46,7 @@ impl Shown {
         if !is_kept {
             eprintln!("{PAGE} is not what this run has shown: copy {MADE} there, or mend what fails");
         }
-        Ok(Counts {
-            passed: u64::from(is_kept),
-            failed: u64::from(!is_kept),
-            skipped: 0,
-        })
+        Ok(Counts::of(PAGE, is_kept))
     }
 }
 
@@ -164,8 +160,9 @@ fn page(text: &str, shown: impl Fn(&str) -> Option<bool>) -> std::result::Result
     let mut page = String::from(
         "# Conformance\n\n\
          What Kubernetes and containerd expect of a runtime, and the integration tests that show it. `cargo xtask test` makes this page of\n\
-         `tests/conformance.txt` and of how the tests ended with containerd 1.7 and 2.1 and with both ways of making sandboxes, and fails if\n\
-         it is another one: a row passes when its tests have passed in every one of those runs.\n",
+         `tests/conformance.txt` and of how the tests ended, and fails if it is another one: a row passes when its tests have passed in every\n\
+         suite they ran in. With `--everything` all of them run with containerd 1.7 and 2.1 and with both ways of making sandboxes; without it\n\
+         all run with 2.1 and the `podsandbox` controller, and with the others those of what is done otherwise then.\n",
     );
     for (title, rows) in table {
         let count = |state| rows.iter().filter(|row| row.state(&shown) == state).count();

@@ -2,27 +2,26 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use clap::ValueEnum;
 
+use super::Arguments;
 use super::conformance::Shown;
-use super::{Arguments, Counts};
+use super::counts::Counts;
+use super::suites::{Job, Suite};
 use crate::cargo::{self, Programs};
 use crate::here;
-use crate::host::{ARTIFACT_STEPS, Artifacts, Base, Containerd, HOST_STEPS, Host, IMAGE, Outcome, Run};
+use crate::host::{ARTIFACT_STEPS, Artifacts, Base, HOST_STEPS, Host, IMAGE, Outcome, Run};
 use crate::image;
 use crate::kvm::{self, Place};
 use crate::progress::Progress;
-use crate::workspace;
 
 /// Wall time of one suite in the emulated host.
-pub const LIMIT: Duration = Duration::from_secs(2000);
+pub const LIMIT: Duration = Duration::from_secs(3000);
 
 /// Memory of the emulated host in MiB: the tests start twenty virtual machines at once.
 const MEMORY_MIB: u32 = 6144;
@@ -46,122 +45,16 @@ const MOST_REPEATED: usize = 4;
 /// Where the integration tests are in the emulated host.
 const DIRECTORY: &str = "/opt/tests";
 
-/// A program of tests, in one of the ways it is run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Suite {
-    /// containerd's task service, driven by `ctr`
-    Tasks,
-    /// CRI, sandboxes made by containerd's `podsandbox` controller
-    Cri,
-    /// CRI, sandboxes made by the shim's Sandbox API (containerd 2)
-    CriShim,
-    /// The agent without a virtual machine
-    Agent,
-    /// A fault at every step, with a shim built for that
-    Faults,
-    /// Cycles, and many pods at once, for figures (only when it is named)
-    Soak,
-}
-
-impl Suite {
-    fn program(self) -> &'static str {
-        match self {
-            Self::Tasks | Self::Faults | Self::Soak => "integration",
-            Self::Cri | Self::CriShim => "cri",
-            Self::Agent => "guest",
-        }
-    }
-
-    /// The runtime handler of its pods.
-    fn handler(self) -> &'static str {
-        match self {
-            Self::CriShim => "kata-shim",
-            Self::Tasks | Self::Cri | Self::Agent | Self::Faults | Self::Soak => "kata",
-        }
-    }
-
-    fn runs_with(self, containerd: Containerd) -> bool {
-        match self {
-            Self::Tasks | Self::Cri => true,
-            Self::CriShim | Self::Agent | Self::Faults | Self::Soak => containerd == Containerd::V2_1,
-        }
-    }
-
-    /// What its program's tests are chosen by, beside the filter of the command line: a program may be of several suites.
-    fn selection(self) -> &'static [&'static str] {
-        match self {
-            Self::Tasks => &["--skip", "faults::", "--skip", "soak::"],
-            Self::Faults => &["faults::"],
-            Self::Soak => &["soak::"],
-            Self::Cri | Self::CriShim | Self::Agent => &[],
-        }
-    }
-}
-
-/// A suite and the containerd it finds.
-struct Job {
-    /// Begins each line of its output, and names the directory of its logs.
-    name: String,
-    suite: Suite,
-    containerd: Containerd,
-}
-
-impl Job {
-    /// Whether `arguments` ask for every test of every suite.
-    fn are_all(arguments: &Arguments) -> bool {
-        arguments.suite.is_empty() && arguments.containerd.is_none() && arguments.filter.is_empty()
-    }
-
-    /// What `arguments` ask for, the longest first.
-    fn chosen(arguments: &Arguments) -> Vec<Self> {
-        let containerds = match arguments.containerd {
-            Some(one) => vec![one],
-            None => Containerd::ALL.to_vec(),
-        };
-        let wanted = |suite: &Suite| {
-            if arguments.suite.is_empty() {
-                // A filter is one of containers' and pods' tests.
-                *suite != Suite::Soak && (*suite != Suite::Agent || arguments.filter.is_empty())
-            } else {
-                arguments.suite.contains(suite)
-            }
-        };
-        let suites = Suite::value_variants().iter().copied().filter(wanted);
-        suites
-            .flat_map(|suite| containerds.iter().map(move |containerd| (suite, *containerd)))
-            .filter(|(suite, containerd)| suite.runs_with(*containerd))
-            .map(|(suite, containerd)| Self {
-                name: match suite {
-                    Suite::Tasks => containerd.version().to_owned(),
-                    Suite::Cri => format!("{}-cri", containerd.version()),
-                    Suite::CriShim => format!("{}-cri-shim", containerd.version()),
-                    Suite::Agent => "agent".to_owned(),
-                    Suite::Faults => format!("{}-faults", containerd.version()),
-                    Suite::Soak => format!("{}-soak", containerd.version()),
-                },
-                suite,
-                containerd,
-            })
-            .collect()
-    }
-
-    /// An empty directory for what the tests leave behind.
-    fn logs(&self) -> Result<PathBuf> {
-        let directory = workspace::path("target/integration").join(&self.name);
-        if directory.exists() {
-            fs::remove_dir_all(&directory)
-                .with_context(|| format!("cannot remove {}", directory.display()))?;
-        }
-        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-        Ok(directory)
-    }
-}
-
-/// Builds everything and runs the tests, on this machine or in the emulated host.
+/// Builds everything and runs the tests, on this machine or in the emulated host. `others` are run beside those of
+/// emulated hosts, which keep one processor each busy.
 ///
 /// # Errors
-/// Something cannot be built or started.
-pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
+/// Something cannot be built or started, or the error of `others`.
+pub fn run(
+    progress: &Progress,
+    arguments: &Arguments,
+    others: impl FnOnce() -> Result<Counts> + Send,
+) -> Result<Counts> {
     let jobs = Job::chosen(arguments);
     progress.extend(ARTIFACT_STEPS + 1);
     let artifacts = if arguments.no_build {
@@ -195,7 +88,9 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
                 Some(faulty) if suite == Suite::Faults => faulty,
                 _ => &artifacts,
             };
-            here(progress, &programs, &installed, &jobs, arguments, &shown)?
+            let counts = here(progress, &programs, &installed, &jobs, arguments, &shown)?;
+            // Here the deadlines of the integration tests are real ones.
+            [counts, others()?].into_iter().sum()
         }
         Place::Emulated => {
             progress.extend(HOST_STEPS);
@@ -210,6 +105,7 @@ pub fn run(progress: &Progress, arguments: &Arguments) -> Result<Counts> {
                     shown: &shown,
                 },
                 &jobs,
+                others,
             )?
         }
     };
@@ -234,11 +130,15 @@ struct Emulation<'a> {
     shown: &'a Mutex<Shown>,
 }
 
-/// Each suite in a machine of its own, as many at once as this one can carry.
-fn emulated(emulation: &Emulation<'_>, jobs: &[Job]) -> Result<Counts> {
+/// Each suite in a machine of its own, as many at once as this one can carry. The last of them begins when `others` are
+/// done.
+fn emulated(
+    emulation: &Emulation<'_>,
+    jobs: &[Job],
+    others: impl FnOnce() -> Result<Counts> + Send,
+) -> Result<Counts> {
     let queue = Mutex::new(jobs.iter());
-    let work = || -> Result<Counts> {
-        let mut counts = Counts::default();
+    let work = |mut counts: Counts| -> Result<Counts> {
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(job) = next else { return Ok(counts) };
@@ -246,16 +146,17 @@ fn emulated(emulation: &Emulation<'_>, jobs: &[Job]) -> Result<Counts> {
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..machines().min(jobs.len()))
-            .map(|_| scope.spawn(work))
+        let mut workers: Vec<_> = (1..machines())
+            .map(|_| scope.spawn(|| work(Counts::default())))
             .collect();
-        let mut counts = Counts::default();
-        for worker in workers {
-            counts += worker
-                .join()
-                .map_err(|_| anyhow!("a thread that runs tests panicked"))??;
-        }
-        Ok(counts)
+        workers.push(scope.spawn(|| work(others()?)));
+        let join = |worker: thread::ScopedJoinHandle<'_, Result<Counts>>| {
+            let joined = worker.join();
+            joined.map_err(|_| anyhow!("a thread that runs tests panicked"))?
+        };
+        // All are waited for, whatever the first one says.
+        let ends: Vec<_> = workers.into_iter().map(join).collect();
+        ends.into_iter().sum()
     })
 }
 
@@ -285,7 +186,10 @@ impl Emulation<'_> {
             if job.suite != Suite::Agent {
                 command.push("--test-threads=1".into());
             }
-            command.extend(arguments_of(job.suite, filter).map(Into::into));
+            if let Some(option) = job.suite.figures() {
+                command.push(option.into());
+            }
+            command.extend(job.arguments(filter).map(Into::into));
             let mut run = Run::new(command);
             run.label = Some(job.name.clone());
             run.containerd = job.containerd;
@@ -311,6 +215,11 @@ impl Emulation<'_> {
                     if self.arguments.crowds { "1" } else { CROWD_DIVISOR },
                 ),
                 ("BULKHEAD_TEST_LOG_DIR", "/out"),
+                (
+                    "BULKHEAD_TEST_LOG_LEVEL",
+                    // The machine's files are its memory, and a thousand pods say much.
+                    if job.suite == Suite::Soak { "info" } else { "debug" },
+                ),
                 ("BULKHEAD_TEST_CYCLES", &self.arguments.cycles.to_string()),
                 (
                     "BULKHEAD_TEST_FAULT_DIVISOR",
@@ -332,7 +241,7 @@ impl Emulation<'_> {
             Ok((String::from_utf8_lossy(&text).into_owned(), outcome))
         };
         let (text, outcome) = run(&self.arguments.filter)?;
-        let mut result = report(&text, outcome);
+        let mut result = report(&job.name, &text, outcome);
         let failed = failed(&text);
         let mut repeated = None;
         if !failed.is_empty() && failed.len() <= MOST_REPEATED && failed.len() as u64 == result.failed {
@@ -343,11 +252,11 @@ impl Emulation<'_> {
                 failed.join(", ")
             );
             let (text, outcome) = run(&[vec!["--exact".to_owned()], failed].concat())?;
-            let again = report(&text, outcome);
+            let again = report(&job.name, &text, outcome);
             repeated = Some(text);
             eprintln!("{} | passed only when repeated: {}", job.name, again.passed);
             result.passed += again.passed;
-            result.failed = again.failed;
+            (result.failed, result.failures) = (again.failed, again.failures);
         }
         lock(self.shown).add(&text, repeated.as_deref());
         eprintln!("{} | {result}", job.name);
@@ -377,7 +286,7 @@ fn here<'a>(
             command
                 .arg(program)
                 .arg("--test-threads=1")
-                .args(arguments_of(job.suite, &arguments.filter));
+                .args(job.arguments(&arguments.filter));
             command
         } else {
             Command::new(program)
@@ -406,22 +315,9 @@ fn here<'a>(
             .and_then(|code| u8::try_from(code).ok())
             .unwrap_or(1);
         lock(shown).add(&text, None);
-        counts += report(&text, Outcome::Exited(code));
+        counts += report(&job.name, &text, Outcome::Exited(code));
     }
     Ok(counts)
-}
-
-/// Arguments of a suite's program. With a filter of one's own the suite's choice is left out where it would only add to
-/// what is chosen.
-fn arguments_of(suite: Suite, filter: &[String]) -> impl Iterator<Item = String> {
-    let selection = suite.selection();
-    let adds = selection.first().is_some_and(|first| !first.starts_with('-'));
-    let selection = if adds && !filter.is_empty() {
-        &[]
-    } else {
-        selection
-    };
-    selection.iter().map(ToString::to_string).chain(filter.to_owned())
 }
 
 /// Names of the tests that failed.
@@ -432,9 +328,12 @@ fn failed(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The counts in the output of the integration tests. A run that ended before its time is one failure more.
-fn report(text: &str, outcome: Outcome) -> Counts {
-    let mut counts = Counts::default();
+/// The counts in the output of the suite `name`. A run that ended before its time is one failure more.
+fn report(name: &str, text: &str, outcome: Outcome) -> Counts {
+    let mut counts = Counts {
+        failures: failed(text).iter().map(|test| format!("{name} {test}")).collect(),
+        ..Counts::default()
+    };
     let result = text.lines().find_map(|line| line.strip_prefix("test result: "));
     let Some(result) = result else {
         for line in text.lines().filter(|line| line.starts_with("test ")) {
@@ -442,7 +341,13 @@ fn report(text: &str, outcome: Outcome) -> Counts {
             counts.failed += u64::from(line.ends_with(" FAILED"));
         }
         counts.failed += 1;
-        eprintln!("the integration tests did not come to their end ({outcome:?}): counted as one failure");
+        let last = text
+            .lines()
+            .rfind(|line| line.starts_with("test "))
+            .unwrap_or("no test");
+        counts.failures.push(format!(
+            "{name} did not come to its end ({outcome:?}), its last line: {last}"
+        ));
         return counts;
     };
     for part in result.split([';', '.']) {
@@ -457,8 +362,7 @@ fn report(text: &str, outcome: Outcome) -> Counts {
         }
     }
     if outcome != Outcome::Exited(0) && counts.failed == 0 {
-        eprintln!("the integration tests ended with {outcome:?}: counted as one failure");
-        counts.failed = 1;
+        counts += Counts::of(&format!("{name} ended with {outcome:?}"), false);
     }
     counts
 }
@@ -467,36 +371,21 @@ fn report(text: &str, outcome: Outcome) -> Counts {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use super::super::tests::counts;
     use super::*;
+
+    fn numbers(counts: &Counts) -> (u64, u64, u64) {
+        (counts.passed, counts.failed, counts.skipped)
+    }
 
     #[test]
     fn a_result_of_the_integration_tests_is_understood() {
         let text = "running 6 tests\ntest a ... ok\n\ntest result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; \
             4 filtered out; finished in 1.50s\n";
-        assert_eq!(report(text, Outcome::Exited(101)), counts(3, 2, 1));
+        assert_eq!(numbers(&report("suite", text, Outcome::Exited(101))), (3, 2, 1));
         let text =
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 9.00s\n";
-        assert_eq!(report(text, Outcome::Exited(0)), counts(3, 0, 0));
-        assert_eq!(report(text, Outcome::Exited(1)), counts(3, 1, 0));
-    }
-
-    #[test]
-    fn a_suite_chooses_its_tests_and_a_filter_of_them() {
-        let of = |suite, filter: &[&str]| -> Vec<String> {
-            let filter: Vec<String> = filter.iter().map(ToString::to_string).collect();
-            arguments_of(suite, &filter).collect()
-        };
-        assert_eq!(of(Suite::Faults, &[]), ["faults::"]);
-        assert_eq!(
-            of(Suite::Faults, &["--exact", "faults::a"]),
-            ["--exact", "faults::a"]
-        );
-        assert_eq!(
-            of(Suite::Tasks, &["crash::"]),
-            ["--skip", "faults::", "--skip", "soak::", "crash::"]
-        );
-        assert!(of(Suite::Cri, &[]).is_empty());
+        assert_eq!(numbers(&report("suite", text, Outcome::Exited(0))), (3, 0, 0));
+        assert_eq!(numbers(&report("suite", text, Outcome::Exited(1))), (3, 1, 0));
     }
 
     #[test]
@@ -508,7 +397,10 @@ mod tests {
     #[test]
     fn a_run_that_was_cut_short_is_a_failure() {
         let text = "running 9 tests\ntest a ... ok\ntest b ... FAILED\ntest c ... ok\ntest d ... ";
-        assert_eq!(report(text, Outcome::TimedOut), counts(2, 2, 0));
-        assert_eq!(report("", Outcome::Exited(0)), counts(0, 1, 0));
+        let counts = report("suite", text, Outcome::TimedOut);
+        assert_eq!(numbers(&counts), (2, 2, 0));
+        let cut = "suite did not come to its end (TimedOut), its last line: test d ... ";
+        assert_eq!(counts.failures, ["suite b", cut]);
+        assert_eq!(numbers(&report("suite", "", Outcome::Exited(0))), (0, 1, 0));
     }
 }

@@ -80,3 +80,122 @@ fn cgroup_controllers_are_compared_and_the_trial_leaves_nothing() {
     );
     fs::remove_dir_all(&directory).unwrap();
 }
+
+fn refused(errno: Errno) -> Result<(), TrialError> {
+    Err(TrialError::Spawn(SpawnError::Jail(JailError::UserNamespace(
+        errno,
+    ))))
+}
+
+#[test]
+fn a_host_without_user_namespaces_runs_no_pod_unless_that_is_accepted() {
+    let mut report = Report::default();
+    namespaces(&mut report, refused(Errno::EPERM), false);
+    assert_eq!(report.failed().len(), 1, "{}", report.text());
+    assert!(
+        report.text().contains("Operation not permitted"),
+        "{}",
+        report.text()
+    );
+    assert!(!report.failed()[0].remedy.is_empty());
+    for (accepted, word) in [(false, "yes"), (true, "missing")] {
+        let mut report = Report::default();
+        namespaces(&mut report, Ok(()), accepted);
+        assert!(
+            report.ready() && report.text().contains(word),
+            "{}",
+            report.text()
+        );
+    }
+    // Without a user namespace the others are needed all the same.
+    let mut report = Report::default();
+    let none = SpawnError::Namespaces(Errno::ENOSPC);
+    namespaces(&mut report, Err(TrialError::Spawn(none)), true);
+    assert!(!report.ready());
+    assert!(report.text().contains("max_pid_namespaces"), "{}", report.text());
+}
+
+#[test]
+fn the_remedy_names_the_switch_that_is_off() {
+    let host = |switches: &'static [(&'static str, u64)]| {
+        Switches::read(move |name| {
+            switches
+                .iter()
+                .find(|(switch, _)| *switch == name)
+                .map(|(_, value)| *value)
+        })
+    };
+    const MOST: &str = "user/max_user_namespaces";
+    for (switches, errno, said, unsaid) in [
+        (&[][..], Errno::EINVAL, "CONFIG_USER_NS", "sysctl"),
+        (&[(MOST, 100)], Errno::EINVAL, "CONFIG_USER_NS", "sysctl"),
+        (
+            &[(MOST, 0)],
+            Errno::ENOSPC,
+            "user.max_user_namespaces is 0: sysctl -w user.max",
+            "in use",
+        ),
+        (
+            &[(MOST, 7)],
+            Errno::ENOSPC,
+            "all 7 of user.max_user_namespaces are in use",
+            "apparmor",
+        ),
+        (&[(MOST, 7)], Errno::EUSERS, "nested too deeply", "sysctl"),
+        (&[(MOST, 7)], Errno::EPERM, "CAP_SYS_ADMIN", "sysctl"),
+        (
+            &[(MOST, 7), ("kernel/unprivileged_userns_clone", 0)],
+            Errno::EPERM,
+            "kernel.unprivileged_userns_clone=1",
+            "apparmor_restrict",
+        ),
+        (
+            &[(MOST, 7), ("kernel/apparmor_restrict_unprivileged_userns", 1)],
+            Errno::EACCES,
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+            "unprivileged_userns_clone",
+        ),
+    ] {
+        let remedy = host(switches).remedy(errno);
+        assert!(
+            remedy.contains(said) && !remedy.contains(unsaid),
+            "{switches:?} {errno}: {remedy}"
+        );
+    }
+}
+
+#[test]
+fn the_trial_of_a_jail_runs_a_program_or_says_why_not() {
+    // This test's program in the place of the command line: it knows no --version and fails, but it ran.
+    match try_jail(true) {
+        Err(TrialError::Ended(Some(Ending::Exited(code)))) => assert_ne!(code, 127),
+        Err(TrialError::Spawn(error)) => assert!(
+            !nix::unistd::geteuid().is_root() || matches!(error, SpawnError::Jail(_)),
+            "{error:?}"
+        ),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn filters_of_system_calls_are_required_and_landlock_is_not() {
+    for (actions, accepted, ready) in [
+        ("kill_process kill_thread trap errno", false, true),
+        ("kill_thread trap errno", false, false),
+        ("", false, false),
+        ("", true, true),
+    ] {
+        let mut report = Report::default();
+        seccomp(&mut report, actions, accepted);
+        assert_eq!(report.ready(), ready, "{actions:?}: {}", report.text());
+    }
+    for (version, word) in [(0, "missing"), (1, "missing"), (6, "yes")] {
+        let mut report = Report::default();
+        landlock(&mut report, version);
+        assert!(
+            report.ready() && report.text().contains(word),
+            "{}",
+            report.text()
+        );
+    }
+}

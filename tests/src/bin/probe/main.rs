@@ -3,8 +3,10 @@
 
 mod files;
 mod limits;
+mod load;
 mod network;
 mod report;
+mod unique;
 mod volumes;
 
 use std::fs::File;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
 fn run(arguments: &[&str]) -> Outcome {
     match arguments {
         ["report"] => println!("{}", report::report()?),
+        ["unique"] => println!("{}", unique::report()?),
+        ["load", directory, server] => load::run(directory, server)?,
         ["emit", length] => pattern::write(1, length.parse()?, &mut io::stdout().lock())?,
         ["emit-both", length] => emit_both(length.parse()?)?,
         ["write", file, length] => pattern::write(1, length.parse()?, &mut File::create(file)?)?,
@@ -147,8 +151,9 @@ fn log_driver(file: &str) -> Outcome {
     out.read_to_string(&mut text)?;
     write!(
         log,
-        "out:{text}err:{}",
-        errors.join().map_err(|_| "the other thread panicked")??
+        "out:{text}err:{}oom_score_adj:{}",
+        errors.join().map_err(|_| "the other thread panicked")??,
+        std::fs::read_to_string("/proc/self/oom_score_adj")?
     )?;
     Ok(())
 }

@@ -437,3 +437,35 @@ fn a_request_is_no_longer_than_the_configuration_allows() {
         assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), status);
     }
 }
+
+#[test]
+fn a_disk_larger_than_the_largest_file_works_up_to_there() {
+    use crate::jail::FILE_SIZE;
+    use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::signal::{SigHandler, Signal, signal};
+
+    // Of a file system that has larger ones.
+    let file: File = memfd_create(c"disk", MemFdCreateFlag::empty()).unwrap().into();
+    file.set_len(FILE_SIZE + 8192).unwrap();
+    // As in the jail and in `main`; no other test writes so far.
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+    setrlimit(Resource::RLIMIT_FSIZE, FILE_SIZE, hard).unwrap();
+    // SAFETY: ignoring a signal runs no handler.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.unwrap();
+    let copy = file.try_clone().unwrap();
+    let mut guest = guest(Some(DiskImage::new(vec![file], false).unwrap()));
+    assert_eq!(guest.config_u64(0), (FILE_SIZE + 8192) / 512);
+    let last = (FILE_SIZE - 4096) / 512;
+    let data = pattern(4096, 7);
+    assert_eq!(guest.request(OUT, last, &data, 0).0, OK);
+    assert_eq!(guest.request(IN, last, &[], 4096), (OK, data.clone()));
+    let mut read = vec![0; 4096];
+    copy.read_exact_at(&mut read, FILE_SIZE - 4096).unwrap();
+    assert_eq!(read, data);
+    // A short write at the border and one beyond it are errors of the disk, and not the end of the machine.
+    assert_eq!(guest.request(OUT, last + 4, &data, 0).0, IOERR);
+    assert_eq!(guest.request(OUT, last + 8, &data, 0).0, IOERR);
+    assert_eq!(guest.request(IN, last + 8, &[], 4096), (OK, vec![0; 4096]));
+    assert_eq!(guest.request(OUT, 0, &data, 0).0, OK);
+}

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::sync::atomic::AtomicBool;
 
-use super::server::Server;
+use super::known::Scratch;
+use super::server::{Files, Server};
 use crate::virtio::DeviceError;
 use crate::virtio::queue::DeviceQueue;
 use crate::virtio::worker::Work;
@@ -18,12 +19,17 @@ impl Inline {
     /// # Errors
     /// The directory cannot be served.
     pub fn new(
-        root: &File,
+        root: File,
         proc_self_fd: File,
         guest_files: u64,
         queues: Vec<DeviceQueue>,
     ) -> Result<Self, DeviceError> {
-        Server::new(root, proc_self_fd, guest_files, queues).map(Self)
+        let files = Files {
+            root,
+            proc_self_fd,
+            scratch: Scratch::new().map_err(DeviceError::Backend)?,
+        };
+        Server::new(files, guest_files, queues, &[]).map(Self)
     }
 
     /// Serves queue `index` until it is empty.

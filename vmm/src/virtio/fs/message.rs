@@ -36,6 +36,13 @@ const UNANSWERED: [u32; 3] = [2, 36, 42];
 /// `FUSE_GETXATTR` and `FUSE_LISTXATTR`, whose argument starts with a buffer size.
 const XATTR: [u32; 2] = [22, 23];
 
+/// `FUSE_OPEN`, `FUSE_OPENDIR`, `FUSE_CREATE`, whose argument starts with the flags of open(2).
+const OPENING: [u32; 3] = [14, 27, 35];
+
+/// Flags that the library opens no file with, by our configuration and because it appends write by write. It would take them
+/// for those of the open file when that is opened again behind a snapshot.
+const CLEARED: u32 = (libc::O_DIRECT | libc::O_APPEND) as u32;
+
 /// Largest value or list of extended attributes in Linux (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: u32 = 64 << 10;
 
@@ -107,6 +114,10 @@ impl Messages {
         self.copy[..COPY_SIZE].fill(0);
         chain.read_at(&self.memory, 0, &mut self.copy[..copied])?;
         let header = check(&self.copy, chain.writable_len())?;
+        if OPENING.contains(&header.opcode) {
+            let flags = word(&self.copy, IN_HEADER_SIZE) & !CLEARED;
+            self.copy[IN_HEADER_SIZE..IN_HEADER_SIZE + 4].copy_from_slice(&flags.to_le_bytes());
+        }
         if let Some(names) = names::position(header.opcode) {
             // Nothing is read twice: the guest may have changed it.
             let whole = chain.readable_len().min(NAMED_COPY_SIZE);
@@ -130,6 +141,11 @@ impl Messages {
             .map_err(DeviceError::Memory)?;
         let (reader, writer) = self.sides(table)?;
         Ok((header, reader, writer))
+    }
+
+    /// The start of the message that was opened last, with zeroes behind what is shorter.
+    pub(super) fn start(&self) -> &[u8] {
+        &self.copy[..COPY_SIZE]
     }
 
     /// The two sides of a message of our own with room for an answer of `answer` bytes.
@@ -189,19 +205,22 @@ pub(super) struct Header {
     pub(super) node: u64,
 }
 
+fn word(copy: &[u8; NAMED_COPY_SIZE], at: usize) -> u32 {
+    u32::from_le_bytes([copy[at], copy[at + 1], copy[at + 2], copy[at + 3]])
+}
+
 /// Refuses messages the library would panic or run out of memory on.
 fn check(copy: &[u8; NAMED_COPY_SIZE], writable: usize) -> Result<Header, DeviceError> {
-    let word = |at: usize| u32::from_le_bytes([copy[at], copy[at + 1], copy[at + 2], copy[at + 3]]);
-    let opcode = word(4);
+    let opcode = word(copy, 4);
     if writable < OUT_HEADER_SIZE && !UNANSWERED.contains(&opcode) {
         return Err(DeviceError::Protocol("FUSE message without room for an answer"));
     }
-    if XATTR.contains(&opcode) && word(IN_HEADER_SIZE) > MAX_XATTR {
+    if XATTR.contains(&opcode) && word(copy, IN_HEADER_SIZE) > MAX_XATTR {
         return Err(DeviceError::Protocol(
             "FUSE request for too long an extended attribute",
         ));
     }
-    let node = u64::from(word(16)) | u64::from(word(20)) << 32;
+    let node = u64::from(word(copy, 16)) | u64::from(word(copy, 20)) << 32;
     Ok(Header { opcode, node })
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -10,13 +11,19 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{close, fchdir};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
+use virtiofsd::filesystem::SerializableFileSystem as _;
+use virtiofsd::passthrough::{
+    CachePolicy, Config, InodeFileHandlesMode, MigrationMode, MigrationOnError, NegotiationMode,
+    PassthroughFs,
+};
 
+use super::known::{INIT_ANSWER_SIZE, Known, Scratch};
 use super::message::Messages;
+use super::reports;
 use super::versions::{self, Version, Versions};
 use crate::virtio::DeviceError;
-use crate::virtio::queue::{Chain, DeviceQueue, DeviceQueueState};
-use crate::virtio::worker::Work;
+use crate::virtio::queue::{Chain, DeviceQueue};
+use crate::virtio::worker::{Work, WorkState};
 
 /// Descriptors kept for everything else in this process.
 const RESERVED_FILES: u64 = 512;
@@ -34,6 +41,8 @@ const CACHE_TIME: Duration = Duration::from_secs(1);
 
 const FUSE_FORGET: u32 = 2;
 const FUSE_OPEN: u32 = 14;
+const FUSE_INIT: u32 = 26;
+const FUSE_DESTROY: u32 = 38;
 
 /// Bytes of a successful answer to `FUSE_OPEN`: header, file handle, flags, padding.
 const OPEN_ANSWER_SIZE: usize = 32;
@@ -42,38 +51,110 @@ const OPEN_FLAGS_OFFSET: usize = 24;
 /// The guest's pages of the file stay valid.
 const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 
+/// What the server needs of the process.
+pub(super) struct Files {
+    /// The directory that is served.
+    pub root: File,
+    /// The directory of this process's descriptors.
+    pub proc_self_fd: File,
+    /// Where the library writes and reads what it knows.
+    pub scratch: Scratch,
+}
+
 /// The file server.
 pub(super) struct Server {
     server: virtiofsd::server::Server<PassthroughFs>,
     messages: Messages,
     versions: Versions,
     queues: Vec<DeviceQueue>,
+    scratch: Scratch,
+    /// The `FUSE_INIT` by which the guest has mounted the tree; `None`: it has not, and knows nothing of it.
+    mount: Option<Vec<u8>>,
 }
 
 impl Server {
-    /// Serves `root` on `queues`. Must run on the thread that will serve, and takes over its working
-    /// directory and umask.
+    /// Serves a directory on `queues` to a guest that knows of it what `known` says, as [`Work::save`] wrote it, or
+    /// nothing. Must run on the thread that will serve, and takes over its working directory and umask.
     ///
     /// # Errors
-    /// The library cannot use the directory.
+    /// The library cannot use the directory, or `known` is not what it wrote.
     pub(super) fn new(
-        root: &File,
-        proc_self_fd: File,
+        files: Files,
         guest_files: u64,
         queues: Vec<DeviceQueue>,
+        known: &[u8],
     ) -> Result<Self, DeviceError> {
-        let fs = passthrough(root, proc_self_fd, guest_files).map_err(DeviceError::Backend)?;
+        let Files {
+            root,
+            proc_self_fd,
+            scratch,
+        } = files;
+        let fs = passthrough(&root, proc_self_fd, guest_files).map_err(DeviceError::Backend)?;
         let memory = queues
             .first()
             .ok_or(DeviceError::Protocol("no queue"))?
             .memory()
             .clone();
-        Ok(Self {
+        let mut server = Self {
             server: virtiofsd::server::Server::new(fs),
             messages: Messages::new(memory).map_err(DeviceError::Backend)?,
             versions: Versions::default(),
             queues,
-        })
+            scratch,
+            mount: None,
+        };
+        if !known.is_empty() {
+            server.restore(Known::decode(known)?)?;
+        }
+        Ok(server)
+    }
+
+    /// Goes on where another server was. Versions of files are not kept: at the next open of a file the guest drops its
+    /// pages, for the file may be another one now.
+    fn restore(&mut self, known: Known) -> Result<(), DeviceError> {
+        // The library keeps what was agreed on with the guest in two places and brings back one of them.
+        let (reader, writer) = self.messages.open_own(&known.mount, INIT_ANSWER_SIZE)?;
+        handle(&self.server, reader, writer)?;
+        let mut answer = [0; 8];
+        self.messages.read_own(&mut answer)?;
+        let [.., e0, e1, e2, e3] = answer;
+        match i32::from_le_bytes([e0, e1, e2, e3]) {
+            0 => {}
+            error => {
+                return Err(DeviceError::Backend(io::Error::from_raw_os_error(
+                    error.saturating_neg(),
+                )));
+            }
+        }
+        let file = self.scratch.fill(&known.files).map_err(DeviceError::Backend)?;
+        let read = reports::tell(|| self.server.deserialize_and_apply(file));
+        read.and_then(|()| self.scratch.empty())
+            .map_err(DeviceError::Backend)?;
+        self.mount = Some(known.mount);
+        Ok(())
+    }
+
+    /// What the guest knows of the tree, in the form that [`restore`](Self::restore) takes.
+    fn save_known(&mut self, cancelled: &Arc<AtomicBool>) -> io::Result<Vec<u8>> {
+        let Some(mount) = &self.mount else {
+            return Ok(Vec::new());
+        };
+        let file = self.scratch.fill(&[])?;
+        let written = reports::tell(|| {
+            self.server.prepare_serialization(cancelled.clone());
+            // Also after a cancellation: it ends what the preparation has begun.
+            self.server.serialize(file)
+        });
+        let files = written.and_then(|()| self.scratch.take());
+        if cancelled.load(Ordering::Acquire) {
+            // Some of the files have not been looked for.
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let known = Known {
+            mount: mount.clone(),
+            files: files?,
+        };
+        known.encode()
     }
 
     /// Answers one message and returns the number of bytes written.
@@ -83,6 +164,10 @@ impl Server {
         match header.opcode {
             FUSE_OPEN if written == OPEN_ANSWER_SIZE => self.keep_cache(header.node, chain)?,
             FUSE_FORGET => self.versions.forget(header.node),
+            FUSE_INIT if written == INIT_ANSWER_SIZE => {
+                self.mount = Known::mount(self.messages.start());
+            }
+            FUSE_INIT | FUSE_DESTROY => self.mount = None,
             _ => {}
         }
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
@@ -145,8 +230,12 @@ impl Work for Server {
         Ok(())
     }
 
-    fn save_queues(&self) -> Vec<DeviceQueueState> {
-        self.queues.iter().map(DeviceQueue::save).collect()
+    /// Files that have no name any more are not kept: the guest gets an error for them, and for them alone.
+    fn save(&mut self, cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        Ok(WorkState {
+            queues: self.queues.iter().map(DeviceQueue::save).collect(),
+            known: self.save_known(cancelled)?,
+        })
     }
 }
 
@@ -176,6 +265,9 @@ fn passthrough(root: &File, proc_self_fd: File, guest_files: u64) -> io::Result<
         killpriv_v2: true,
         // Not every file system below takes O_DIRECT, and its alignment rules differ.
         allow_direct_io: false,
+        // A snapshot names the files that the guest knows by where they are below the root.
+        migration_mode: MigrationMode::FindPaths,
+        migration_on_error: MigrationOnError::GuestError,
         ..Config::default()
     })
 }

@@ -1,4 +1,5 @@
 mod escape;
+mod restored;
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -18,6 +19,7 @@ const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
+const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
 const INIT: u32 = 26;
 const CREATE: u32 = 35;
@@ -43,6 +45,21 @@ fn guest() -> Guest {
 
 /// A guest that is served `root`; `directory` lives as long as it does.
 fn guest_of(directory: TempDir, root: &Path) -> Guest {
+    guest_with(directory, root, None)
+}
+
+/// As `guest_of`, with the state of another device.
+fn guest_with(directory: TempDir, root: &Path, state: Option<&DeviceState>) -> Guest {
+    guest_made_by(directory, root, state, |fs| fs.start_thread(true).unwrap())
+}
+
+/// As `guest_with`; `start_thread` starts the server's thread.
+fn guest_made_by(
+    directory: TempDir,
+    root: &Path,
+    state: Option<&DeviceState>,
+    start_thread: impl FnOnce(&mut Fs),
+) -> Guest {
     let root = File::open(root).unwrap();
     let mut fs = Fs::new(0, "share", root, File::open("/proc/self/fd").unwrap()).unwrap();
     let kicks: Vec<_> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
@@ -53,7 +70,10 @@ fn guest_of(directory: TempDir, root: &Path) -> Guest {
     // As in a VMM: a call that the server's filter does not have kills the test.
     // SAFETY: prctl with these constants takes no pointers.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-    fs.start_thread(true).unwrap();
+    start_thread(&mut fs);
+    if let Some(state) = state {
+        fs.restore_state(state).unwrap();
+    }
     fs.activate(activation).unwrap();
     Guest {
         memory,
@@ -147,6 +167,19 @@ impl Guest {
         self.ask(LOOKUP, parent, &[name.as_bytes(), b"\0"].concat())
     }
 
+    fn open(&mut self, node: u64) -> u64 {
+        u64_at(&self.ask(OPEN, node, &[0; 8]), 0)
+    }
+
+    /// Error and bytes of a read.
+    fn read(&mut self, node: u64, handle: u64, offset: u64, length: u32) -> (i32, Vec<u8>) {
+        let mut read = handle.to_le_bytes().to_vec();
+        read.extend(offset.to_le_bytes());
+        read.extend(words(&[length, 0, 0, 0, 0, 0]));
+        // As Linux does: the buffer is as long as the read.
+        self.exchange(READ, node, &read, 4096, length)
+    }
+
     fn failure(&mut self) -> DeviceError {
         let start = Instant::now();
         loop {
@@ -184,18 +217,11 @@ fn a_file_is_looked_up_opened_and_read() {
         (metadata.mode(), metadata.uid())
     );
 
-    let handle = u64_at(&guest.ask(OPEN, node, &[0; 8]), 0);
-    let mut read = handle.to_le_bytes().to_vec();
-    read.extend(6u64.to_le_bytes());
-    read.extend(words(&[8, 0, 0, 0, 0, 0]));
-    // As Linux does: the buffer is as long as the read.
-    assert_eq!(
-        guest.exchange(READ, node, &read, 4096, 8),
-        (0, b"from the".to_vec())
-    );
+    let handle = guest.open(node);
+    assert_eq!(guest.read(node, handle, 6, 8), (0, b"from the".to_vec()));
     let release = [&handle.to_le_bytes()[..], &[0; 16]].concat();
     assert!(guest.ask(RELEASE, node, &release).is_empty());
-    assert_eq!(guest.ask_in_pieces(READ, node, &read, 4096).0, -libc::EBADF);
+    assert_eq!(guest.read(node, handle, 6, 8).0, -libc::EBADF);
 }
 
 #[test]
@@ -294,7 +320,7 @@ fn a_pause_holds_requests_back_and_saves_the_queues() {
     let mut guest = guest();
     guest.init();
     guest.fs.pause().unwrap();
-    assert_eq!(guest.fs.save().unwrap()[1].next_available, 1);
+    assert_eq!(guest.fs.save_state().queues()[1].next_available, 1);
     let message = guest.message(GETATTR, ROOT, &[0; 16]);
     guest.memory.write_slice(&message, GuestAddress(BUFFERS)).unwrap();
     guest.queues[1].add(&[(BUFFERS, message.len() as u32, false), (REPLY, 0x1000, true)]);
@@ -303,7 +329,7 @@ fn a_pause_holds_requests_back_and_saves_the_queues() {
     assert!(guest.queues[1].take_used().is_empty());
     guest.fs.resume();
     assert_eq!(guest.kick(1).len(), 1);
-    assert!(guest.fs.save().is_none());
+    assert!(guest.fs.save_state().queues().is_empty());
 }
 
 #[test]

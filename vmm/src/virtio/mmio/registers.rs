@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 
 use crate::memory::GuestMemory;
+use crate::virtio::RestoreError;
+use crate::virtio::queue::DeviceQueueState;
 
 // Offsets (virtio 1.2, 4.2.2).
 const MAGIC: u64 = 0x000;
@@ -77,6 +79,8 @@ pub struct TransportState {
     pub queue_select: u32,
     /// Interrupt status register.
     pub interrupt_status: u32,
+    /// Queues that the driver has set up so far; none once the device has them.
+    pub queues: Vec<DeviceQueueState>,
 }
 
 #[derive(Debug)]
@@ -122,12 +126,43 @@ impl Registers {
             driver_features: self.driver_features,
             queue_select: self.queue_select,
             interrupt_status,
+            queues: self.queues.iter().map(DeviceQueueState::of).collect(),
         }
+    }
+
+    /// The registers as they were saved, of a device that offers what this one does.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing has changed then.
+    pub fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
+        let unknown = state.driver_features & !self.device_features;
+        if unknown != 0 {
+            return Err(RestoreError::Features(unknown));
+        }
+        if !state.queues.is_empty() && state.queues.len() != self.queue_sizes.len() {
+            return Err(RestoreError::Queues {
+                queues: self.queue_sizes.len(),
+                saved: state.queues.len(),
+            });
+        }
+        let queues = state.queues.iter().map(DeviceQueueState::restore);
+        self.queues = queues.collect::<Result<_, _>>().map_err(RestoreError::Queue)?;
+        self.status = state.status;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        Ok(())
     }
 
     /// Whether a driver has taken the device and not given it up.
     pub fn driver_present(&self) -> bool {
         self.status & DRIVER != 0 && self.status & (FAILED | NEEDS_RESET) == 0
+    }
+
+    /// Whether the device has failed and was not reset since.
+    pub fn needs_reset(&self) -> bool {
+        self.status & NEEDS_RESET != 0
     }
 
     /// Sets the bit; whether a driver is there to be told.

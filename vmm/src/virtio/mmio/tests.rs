@@ -7,12 +7,15 @@ use vm_memory::GuestAddress;
 
 use super::registers::*;
 use super::*;
+use crate::virtio::queue::{DeviceQueue, DeviceQueueState};
+use crate::virtio::worker::WorkState;
 
 #[derive(Debug, Default)]
 struct Fake {
     activations: Arc<AtomicUsize>,
     kicks: Arc<AtomicUsize>,
     active: bool,
+    queues: Vec<DeviceQueueState>,
     fails: bool,
     /// What a kick comes to, if not an error.
     turn: Option<Turn>,
@@ -42,12 +45,27 @@ impl VirtioDevice for Fake {
         assert!(!self.active, "activated twice");
         assert_eq!(activation.queues.len(), 2);
         assert_eq!(activation.features & !self.features(), 0);
+        let queues = DeviceQueue::from_activation(activation);
+        self.queues = queues.iter().map(DeviceQueue::save).collect();
         self.active = true;
         self.activations.fetch_add(1, Ordering::SeqCst);
         if self.fails {
             Err(DeviceError::Protocol("no"))
         } else {
             Ok(())
+        }
+    }
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Fs(WorkState {
+            queues: self.queues.clone(),
+            known: Vec::new(),
+        })
+    }
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        assert!(!self.active);
+        match state {
+            DeviceState::Fs(_) => Ok(()),
+            _ => Err(RestoreError::Kind),
         }
     }
     fn reset(&mut self) {

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::tap::{Frame, OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
 use crate::virtio::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use crate::virtio::{Activation, DeviceError, Turn, VirtioDevice, config};
+use crate::virtio::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 
 /// Device id (virtio 1.2, 5).
 const DEVICE_TYPE: u32 = 1;
@@ -425,7 +425,8 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let Some(wire) = &self.wire else {
-            return Err(DeviceError::Protocol("there is no device in this slot"));
+            // A restored driver may have one that is gone. It finds it dead, as after `detach`.
+            return Ok(());
         };
         let features = activation.features;
         let has = |feature: u32| features & (1 << feature) != 0;
@@ -486,5 +487,18 @@ impl VirtioDevice for Net {
     fn process_event(&mut self) -> Result<(), DeviceError> {
         self.poll().map_err(DeviceError::Backend)?;
         self.serve()
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Net(self.save())
+    }
+
+    /// The hardware address may differ: the driver read the old one, and keeps it until the guest sets another. That a
+    /// device has come or gone meanwhile is found when the driver looks again.
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Net(_) => Ok(()),
+            _ => Err(RestoreError::Kind),
+        }
     }
 }

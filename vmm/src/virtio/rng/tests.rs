@@ -75,7 +75,7 @@ fn after_a_reset_nothing_is_touched() {
     driver.add(&[(BUFFERS, 8, true)]);
     rng.process_queue(0).unwrap();
     assert!(driver.take_used().is_empty());
-    assert_eq!(rng.save(), None);
+    assert_eq!(rng.save_state(), DeviceState::Rng(None));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::event::{VsockError, VsockEvent};
 use super::mux::Mux;
 use crate::virtio::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use crate::virtio::{Activation, DeviceError, Turn, VirtioDevice, config};
+use crate::virtio::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 
 /// Device id (virtio 1.2, 5).
 const DEVICE_TYPE: u32 = 19;
@@ -85,18 +85,6 @@ impl Vsock {
             queues: None,
             reset: TransportReset::Done,
         })
-    }
-
-    /// A device as it was saved. The guest is told to drop the connections it had as soon as the device is
-    /// activated.
-    ///
-    /// # Errors
-    /// The poller cannot be created.
-    pub fn restore(state: &VsockState) -> Result<Self, VsockError> {
-        let mut vsock = Self::new(state.guest_cid)?;
-        vsock.mux.set_next_local_port(state.next_local_port);
-        vsock.reset = TransportReset::Unsent;
-        Ok(vsock)
     }
 
     /// State for a snapshot, taken while the device thread is stopped.
@@ -353,5 +341,20 @@ impl VirtioDevice for Vsock {
             vsock.mux.poll().map_err(DeviceError::Backend)?;
             vsock.serve()
         })
+    }
+
+    fn save_state(&mut self) -> DeviceState {
+        DeviceState::Vsock(self.save())
+    }
+
+    /// The guest is told to drop the connections it had, and to read its context id anew, as soon as the device is
+    /// activated.
+    fn restore_state(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.mux.set_next_local_port(state.next_local_port);
+        self.reset = TransportReset::Unsent;
+        Ok(())
     }
 }

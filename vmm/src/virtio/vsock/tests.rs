@@ -21,7 +21,7 @@ use super::*;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::RING_FEATURES;
 use crate::virtio::test_queue::{self, BUFFERS, TestQueue};
-use crate::virtio::{DeviceError, VirtioDevice};
+use crate::virtio::{DeviceError, DeviceState, VirtioDevice};
 
 const CID: u32 = 3;
 const RX: usize = 0;
@@ -48,6 +48,13 @@ struct Guest {
     buf_alloc: u32,
     /// Ports whose first byte was told of.
     first_data: Vec<u32>,
+}
+
+/// A device as it was saved.
+fn restored(state: VsockState) -> Vsock {
+    let mut vsock = Vsock::new(state.guest_cid).unwrap();
+    vsock.restore_state(&DeviceState::Vsock(state)).unwrap();
+    vsock
 }
 
 impl Guest {

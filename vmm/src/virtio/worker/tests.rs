@@ -15,8 +15,8 @@ impl Work for Counter {
         Ok(())
     }
 
-    fn save_queues(&self) -> Vec<DeviceQueueState> {
-        Vec::new()
+    fn save(&mut self, _cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        Ok(WorkState::default())
     }
 }
 
@@ -31,8 +31,8 @@ impl Work for Endless {
         Ok(())
     }
 
-    fn save_queues(&self) -> Vec<DeviceQueueState> {
-        Vec::new()
+    fn save(&mut self, _cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        Ok(WorkState::default())
     }
 }
 
@@ -139,8 +139,8 @@ impl Work for Stuck {
         }
     }
 
-    fn save_queues(&self) -> Vec<DeviceQueueState> {
-        Vec::new()
+    fn save(&mut self, _cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        Ok(WorkState::default())
     }
 }
 
@@ -186,4 +186,96 @@ fn a_worker_that_cannot_be_built_reports_it() {
         worker.take_failure(),
         Some(DeviceError::Protocol("build"))
     ));
+}
+
+/// Takes its time to write its state down, until it is cancelled `times` times.
+struct Slow {
+    saves: Arc<AtomicUsize>,
+    times: usize,
+}
+
+impl Work for Slow {
+    fn process_queue(&mut self, _index: usize, _interrupted: &AtomicBool) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&mut self, cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        let number = self.saves.fetch_add(1, Ordering::SeqCst);
+        while number < self.times && !cancelled.load(Ordering::Acquire) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        match cancelled.load(Ordering::Acquire) {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(WorkState {
+                queues: Vec::new(),
+                known: vec![1, 2, 3],
+            }),
+        }
+    }
+}
+
+fn slow(times: usize) -> (Worker, Arc<AtomicUsize>) {
+    let saves = Arc::new(AtomicUsize::new(0));
+    let work = Slow {
+        saves: saves.clone(),
+        times,
+    };
+    let worker = Worker::start(&thread(), Arc::new(vec![event()]), event(), move || Ok(work)).unwrap();
+    (worker, saves)
+}
+
+#[test]
+fn a_state_that_takes_too_long_is_given_up_at_the_resume() {
+    let (worker, saves) = slow(1);
+    let error = worker.pause().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    assert!(error.to_string().contains("write down"), "{error}");
+    worker.resume();
+    assert_eq!(worker.pause().unwrap().known, [1, 2, 3]);
+    // Once for one pause, however often it is asked for.
+    assert_eq!(worker.pause().unwrap().known, [1, 2, 3]);
+    assert_eq!(saves.load(Ordering::SeqCst), 2);
+    worker.resume();
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_state() {
+    let (worker, saves) = slow(usize::MAX);
+    worker.shared.want(Wanted::Pause);
+    wait_until("save", || saves.load(Ordering::SeqCst) == 1);
+    let start = Instant::now();
+    worker.stop();
+    assert!(start.elapsed() < SAVE_TIME);
+}
+
+/// Cannot be written down.
+struct Unwritable;
+
+impl Work for Unwritable {
+    fn process_queue(&mut self, _index: usize, _interrupted: &AtomicBool) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _cancelled: &Arc<AtomicBool>) -> io::Result<WorkState> {
+        Err(io::Error::other("no ink"))
+    }
+}
+
+#[test]
+fn every_pause_tells_that_the_state_cannot_be_written_down() {
+    let worker = Worker::start(&thread(), Arc::new(vec![event()]), event(), || Ok(Unwritable)).unwrap();
+    for _ in 0..3 {
+        assert_eq!(worker.pause().unwrap_err().to_string(), "no ink");
+    }
+    worker.resume();
+    assert_eq!(worker.pause().unwrap_err().to_string(), "no ink");
+}
+
+#[test]
+fn whoever_waits_for_a_worker_hears_why_it_cannot_be_built() {
+    let build = || Err(DeviceError::Protocol("build"));
+    let worker = Worker::start::<Counter>(&thread(), Arc::new(Vec::new()), event(), build).unwrap();
+    assert!(matches!(worker.built(), Err(DeviceError::Protocol("build"))));
+    let (worker, _) = slow(0);
+    worker.built().unwrap();
 }

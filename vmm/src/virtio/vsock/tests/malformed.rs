@@ -135,7 +135,7 @@ fn loops_and_wild_indices() {
 fn event_buffers() {
     for buffers in [[(BUFFERS, 3, true)], [(BUFFERS, 8, false)], [(GAP, 8, true)]] {
         let state = Guest::new().vsock.save();
-        let mut guest = Guest::with(Vsock::restore(&state).unwrap());
+        let mut guest = Guest::with(restored(state));
         guest.event.add(&buffers);
         assert!(guest.vsock.process_queue(EVENT).is_err(), "{buffers:?}");
         guest.kick(EVENT);

@@ -435,7 +435,7 @@ fn a_restored_guest_drops_its_connections_before_it_gets_new_ones() {
     assert_eq!(state.queues.len(), 3);
     assert_eq!(state.queues[TX].next_available, 1);
 
-    let mut guest = Guest::with(Vsock::restore(&state).unwrap());
+    let mut guest = Guest::with(restored(state));
     guest.give(8);
     // Of its old stream.
     guest.send_data(b"x");

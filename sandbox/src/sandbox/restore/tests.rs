@@ -1,0 +1,93 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::snapshot::{Machine, Making, Manifest};
+use crate::template::Identity;
+
+fn restore(test: &str, names: &[Option<&str>]) -> Restore {
+    let machine = Machine {
+        boot_vcpus: 1,
+        vcpus: 1,
+        online: 1,
+        max_vcpus: 1,
+        memory_mib: 128,
+        added_mib: 0,
+        hotplug_mib: 0,
+        console: true,
+        balloon: true,
+        disk_slots: 0,
+        net_slots: 0,
+    };
+    let containers = names.iter().enumerate().map(|(number, name)| SavedContainer {
+        id: format!("guest{number}"),
+        name: name.map(str::to_owned),
+        terminal: false,
+        streams: [false; 3],
+        execs: Vec::new(),
+        root: SavedRoot::Overlay {
+            lower: String::new(),
+            upper: PathBuf::new(),
+        },
+        volumes: Vec::new(),
+    });
+    let store = std::env::temp_dir().join(format!("bulkhead-restore-{test}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&store);
+    let making = Making::begin(&store.join("one")).unwrap();
+    making.files().unwrap();
+    let image = Identity::of("/".as_ref()).unwrap();
+    making
+        .finish(&Manifest::new(
+            "n".to_owned(),
+            image,
+            machine,
+            containers.collect(),
+        ))
+        .unwrap();
+    let snapshot = Snapshot::open(&store, "one", "n", "/".as_ref()).unwrap();
+    std::fs::remove_dir_all(&store).unwrap();
+    Restore::new(snapshot)
+}
+
+fn ready(restore: &Restore, number: usize, id: &str) {
+    restore.ready(
+        number,
+        Ready {
+            id: id.to_owned(),
+            stdio: Stdio::default(),
+            disks: Vec::new(),
+        },
+    );
+}
+
+#[test]
+fn a_pod_is_complete_when_each_container_has_its_place() {
+    let restore = restore("places", &[Some("a"), Some("b")]);
+    assert_eq!(restore.take("1", Some("b")).unwrap(), 1);
+    let unknown = restore.take("2", Some("b")).unwrap_err().to_string();
+    assert_eq!(unknown, "The snapshot has no container b; it has a");
+    assert!(restore.take("2", None).is_err());
+    ready(&restore, 1, "1");
+    // It is removed, and another one comes.
+    restore.leave("1");
+    assert_eq!(restore.take("3", Some("b")).unwrap(), 1);
+    ready(&restore, 1, "3");
+    assert_eq!(restore.take("2", Some("a")).unwrap(), 0);
+    assert!(!restore.is_complete());
+    ready(&restore, 0, "2");
+    assert!(restore.is_complete());
+    // From now on the guest knows who has which place.
+    restore.leave("2");
+    let pairs = restore
+        .pairs()
+        .into_iter()
+        .map(|(saved, id)| (saved.id.clone(), id));
+    let expected = [("guest0", "2"), ("guest1", "3")].map(|(guest, id)| (guest.to_owned(), id.to_owned()));
+    assert_eq!(pairs.collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_container_alone_takes_the_only_place_whatever_it_is_called() {
+    let alone = restore("alone", &[None]);
+    assert_eq!(alone.take("anything", None).unwrap(), 0);
+    assert!(restore("empty", &[]).is_complete());
+}

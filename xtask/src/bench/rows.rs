@@ -1,0 +1,344 @@
+//! The rows of the tables, which are data (`xtask/bench/rows.json`), and what is known of their ratios.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use super::Part;
+use super::measure::Values;
+
+/// By how much a ratio may be worse than the recorded one.
+const TOLERANCE: f64 = 1.05;
+
+/// A table.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Table {
+    /// Its name in the rows.
+    pub id: String,
+    /// Head of the column that says what a row is.
+    pub head: String,
+    /// How its values are written.
+    pub unit: Unit,
+}
+
+/// What values are written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum Unit {
+    /// From microseconds.
+    #[serde(rename = "ms")]
+    Milliseconds,
+    /// From KiB.
+    #[serde(rename = "MiB")]
+    Mebibytes,
+}
+
+/// Which of several measured values counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Take {
+    /// The middle one.
+    #[default]
+    Median,
+    /// The greatest.
+    Worst,
+}
+
+/// One comparison with one peer. Less is better.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    /// Name of its recorded ratio.
+    pub id: String,
+    /// The part that measures it.
+    pub part: Part,
+    /// The table it is in.
+    pub table: String,
+    /// What it is.
+    pub what: String,
+    /// Names of our values, which are added up.
+    pub ours: Vec<String>,
+    /// Who the peer is.
+    pub peer: String,
+    /// Names of the peer's values.
+    pub theirs: Vec<String>,
+    /// Which of the values counts.
+    #[serde(default)]
+    pub take: Take,
+}
+
+impl Row {
+    /// Ours and the peer's value.
+    ///
+    /// # Errors
+    /// One was not measured.
+    pub fn sides(&self, values: &Values) -> Result<[Side; 2]> {
+        Ok([
+            Side::new(&self.ours, self.take, values)?,
+            Side::new(&self.theirs, self.take, values)?,
+        ])
+    }
+
+    /// Our value as a share of the peer's.
+    ///
+    /// # Errors
+    /// One was not measured, or the peer's is zero.
+    pub fn ratio(&self, values: &Values) -> Result<f64> {
+        let [ours, theirs] = self.sides(values)?;
+        ensure!(theirs.sum() > 0, "{} of {} is nothing", self.what, self.peer);
+        Ok(ours.sum() as f64 / theirs.sum() as f64)
+    }
+}
+
+/// What one side of a row is made of.
+#[derive(Debug)]
+pub struct Side {
+    /// Added up.
+    pub parts: Vec<u64>,
+    /// All values, if there is one part.
+    pub all: Vec<u64>,
+}
+
+impl Side {
+    fn new(names: &[String], take: Take, values: &Values) -> Result<Self> {
+        let (mut parts, mut all) = (Vec::new(), Vec::new());
+        for name in names {
+            let measured = values
+                .get(name)
+                .filter(|measured| !measured.is_empty())
+                .with_context(|| format!("{name} was not measured"))?;
+            parts.push(match take {
+                Take::Median => median(measured),
+                Take::Worst => measured.iter().copied().max().unwrap_or(0),
+            });
+            all.clone_from(measured);
+        }
+        if names.len() > 1 || take == Take::Worst {
+            all.clear();
+        }
+        Ok(Self { parts, all })
+    }
+
+    /// The value.
+    pub fn sum(&self) -> u64 {
+        self.parts.iter().sum()
+    }
+}
+
+fn median(values: &[u64]) -> u64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0)
+}
+
+/// All tables and rows.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    /// In the order in which they are printed.
+    pub tables: Vec<Table>,
+    /// Likewise.
+    pub rows: Vec<Row>,
+}
+
+impl Rows {
+    /// Those of the repository.
+    ///
+    /// # Errors
+    /// The file is not valid.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let rows: Self =
+            serde_json::from_slice(&text).with_context(|| format!("cannot parse {}", path.display()))?;
+        let mut ids = BTreeSet::new();
+        for row in &rows.rows {
+            ensure!(ids.insert(&row.id), "two rows are called {}", row.id);
+            ensure!(
+                rows.tables.iter().any(|table| table.id == row.table),
+                "row {} is in no table",
+                row.id
+            );
+            ensure!(
+                !row.ours.is_empty() && !row.theirs.is_empty(),
+                "row {} has no values",
+                row.id
+            );
+        }
+        Ok(rows)
+    }
+
+    /// Rows of the given parts.
+    pub fn of<'a>(&'a self, parts: &'a [Part]) -> impl Iterator<Item = &'a Row> {
+        self.rows.iter().filter(|row| parts.contains(&row.part))
+    }
+}
+
+/// Ratios as they were when somebody was content with them, by the row's id.
+#[derive(Debug, Default)]
+pub struct Ratios(BTreeMap<String, f64>);
+
+/// What became of the ratios.
+#[derive(Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Worse by more than is allowed.
+    pub worse: Vec<String>,
+    /// Worth recording: better by as much, or new.
+    pub news: Vec<String>,
+}
+
+impl Ratios {
+    /// Those of a file.
+    ///
+    /// # Errors
+    /// It is not valid, or names a row that does not exist.
+    pub fn load(path: &Path, rows: &Rows) -> Result<Self> {
+        let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let ratios: BTreeMap<String, f64> =
+            serde_json::from_slice(&text).with_context(|| format!("cannot parse {}", path.display()))?;
+        for (id, ratio) in &ratios {
+            ensure!(rows.rows.iter().any(|row| row.id == *id), "no row is called {id}");
+            ensure!(ratio.is_finite() && *ratio > 0.0, "the ratio of {id} is {ratio}");
+        }
+        Ok(Self(ratios))
+    }
+
+    /// The recorded ratio of a row.
+    pub fn get(&self, id: &str) -> Option<f64> {
+        self.0.get(id).copied()
+    }
+
+    /// Compares what was measured with what is recorded.
+    ///
+    /// # Errors
+    /// A value was not measured.
+    pub fn judge<'a>(&self, rows: impl Iterator<Item = &'a Row>, values: &Values) -> Result<Verdict> {
+        let mut verdict = Verdict::default();
+        for row in rows {
+            let now = row.ratio(values)?;
+            let name = format!("{} ({}, beside {})", row.id, row.what, row.peer);
+            match self.get(&row.id) {
+                None => verdict.news.push(format!("{name}: {now:.3}, not recorded")),
+                Some(was) if now > was * TOLERANCE => verdict.worse.push(format!(
+                    "{name}: {now:.3} after {was:.3}, {:+.1} %",
+                    (now / was - 1.0) * 100.0
+                )),
+                Some(was) if now * TOLERANCE < was => verdict.news.push(format!(
+                    "{name}: {now:.3} after {was:.3}, {:+.1} %",
+                    (now / was - 1.0) * 100.0
+                )),
+                Some(_) => (),
+            }
+        }
+        Ok(verdict)
+    }
+
+    /// Takes over what was measured and forgets rows that do not exist any more.
+    ///
+    /// # Errors
+    /// A value was not measured, or the file cannot be written.
+    pub fn record(mut self, path: &Path, rows: &Rows, parts: &[Part], values: &Values) -> Result<()> {
+        for row in rows.of(parts) {
+            let ratio = (row.ratio(values)? * 1000.0).round() / 1000.0;
+            self.0.insert(row.id.clone(), ratio);
+        }
+        self.0.retain(|id, _| rows.rows.iter().any(|row| row.id == *id));
+        let text = serde_json::to_string_pretty(&self.0).context("cannot write the ratios")?;
+        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::{ratios_file, rows_file};
+    use super::*;
+
+    fn row(id: &str, take: Take) -> Row {
+        Row {
+            id: id.into(),
+            part: Part::Containers,
+            table: "t".into(),
+            what: "x".into(),
+            ours: vec!["a".into()],
+            peer: "p".into(),
+            theirs: vec!["b".into()],
+            take,
+        }
+    }
+
+    #[test]
+    fn the_repositorys_rows_and_ratios_fit() {
+        let rows = Rows::load(&rows_file()).unwrap();
+        Ratios::load(&ratios_file(), &rows).unwrap();
+        for part in [Part::Containers, Part::Pods, Part::Parallel, Part::Io] {
+            assert!(rows.of(&[part]).count() > 0, "{part:?} has no rows");
+        }
+    }
+
+    #[test]
+    fn worse_by_more_than_a_twentieth_is_told() {
+        let rows = [
+            row("even", Take::Median),
+            row("worst", Take::Worst),
+            row("new", Take::Median),
+        ];
+        let ratios = Ratios([("even".to_owned(), 1.0), ("worst".to_owned(), 1.0)].into());
+        let values =
+            |ours: &[u64]| Values::from([("a".to_owned(), ours.to_vec()), ("b".to_owned(), vec![1000])]);
+        let judge = |ours: &[u64]| ratios.judge(rows.iter(), &values(ours)).unwrap();
+        let verdict = judge(&[1000, 1050, 1050]);
+        assert_eq!(verdict.worse, [] as [String; 0]);
+        assert_eq!(verdict.news, ["new (x, beside p): 1.050, not recorded"]);
+        let verdict = judge(&[1000, 1000, 1060]);
+        assert_eq!(verdict.worse, ["worst (x, beside p): 1.060 after 1.000, +6.0 %"]);
+        let verdict = judge(&[1051, 1051, 1051]);
+        assert_eq!(verdict.worse.len(), 2);
+        let verdict = judge(&[900]);
+        assert!(verdict.worse.is_empty() && verdict.news.len() == 3, "{verdict:?}");
+        assert!(ratios.judge(rows.iter(), &Values::new()).is_err());
+    }
+
+    #[test]
+    fn records_replace_what_was_measured_only() {
+        let path = std::env::temp_dir().join(format!("bulkhead-ratios-{}.json", std::process::id()));
+        let rows = Rows {
+            tables: Vec::new(),
+            rows: vec![
+                row("a", Take::Median),
+                Row {
+                    part: Part::Pods,
+                    ..row("b", Take::Median)
+                },
+            ],
+        };
+        let old = Ratios(
+            [
+                ("a".to_owned(), 9.0),
+                ("b".to_owned(), 2.0),
+                ("gone".to_owned(), 1.0),
+            ]
+            .into(),
+        );
+        let values = Values::from([("a".to_owned(), vec![1]), ("b".to_owned(), vec![3])]);
+        old.record(&path, &rows, &[Part::Containers], &values).unwrap();
+        let new = Ratios::load(&path, &rows).unwrap();
+        assert_eq!(
+            (new.get("a"), new.get("b"), new.0.len()),
+            (Some(0.333), Some(2.0), 2)
+        );
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn several_values_are_added_up() {
+        let values = Values::from([("a".to_owned(), vec![1, 2, 9]), ("b".to_owned(), vec![10])]);
+        let side = Side::new(&["a".into(), "b".into()], Take::Median, &values).unwrap();
+        assert_eq!((side.sum(), side.all.len()), (12, 0));
+        let error = Side::new(&["c".into()], Take::Median, &values).unwrap_err();
+        assert_eq!(error.to_string(), "c was not measured");
+    }
+}
