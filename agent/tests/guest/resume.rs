@@ -80,7 +80,9 @@ pub async fn next_connection_needs_a_resume(guest: &mut Guest) {
     sessions.sort();
     sessions.dedup();
     assert_eq!(sessions.len(), 3);
-    // The subscriber of the lost connection is gone with it.
+    // The subscriber of the lost connection is gone with it: the event waits for the one to come.
+    guest.reconnect().await;
+    resume(guest, &request()).await.unwrap();
     guest.signal("c", "", libc::SIGKILL, false).await.unwrap();
     let events = guest.events(1).await;
     assert_eq!(events[0].exited().container_id, "c");

@@ -158,6 +158,13 @@ impl Actor {
                     Ok(mut guard) => guard.clear_ready(),
                     Err(_) => return,
                 },
+                // The VMM is ending, or has no use without its end of the socket. How it ended says more than this
+                // does: the answer is left to that.
+                Err(ChannelError::Closed) => {
+                    self.kill();
+                    self.pending.insert(id, (request_name, reply));
+                    return;
+                }
                 Err(error) => {
                     let _ = reply.send(Err(VmError::Send {
                         request: request_name,
