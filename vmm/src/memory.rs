@@ -1,13 +1,13 @@
 //! Guest memory: private, anonymous or over a snapshot's file, never in a core dump.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::{io, ptr};
 
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress, MmapRegion,
-};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek64};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::arch::layout;
 
@@ -17,6 +17,10 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 /// Length of persistent memory the kernel maps is a multiple of this (bytes): one sub-section of its
 /// memory map.
 pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
+
+/// A hole in a memory file that is shorter, in bytes, is mapped with what is around it: a mapping costs as much as the
+/// zeroes of some pages.
+const SHORT_HOLE: u64 = 64 << 10;
 
 /// Why memory could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +51,9 @@ pub enum MemoryError {
     /// The memory file could not be mapped.
     #[error("Cannot map a memory file")]
     MapFile(#[source] io::Error),
-    /// As above.
-    #[error("Cannot map guest memory from a file")]
-    Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// Looking for the data in a memory file.
+    #[error("Cannot look for data in a memory file")]
+    Data(#[source] Errno),
     /// `madvise` failed.
     #[error("Cannot keep guest memory out of core dumps")]
     Advise(#[source] io::Error),
@@ -91,33 +95,61 @@ pub fn with_hotplug(memory: &GuestMemory, start: u64, mib: u32) -> Result<GuestM
 /// # Errors
 /// [`MemoryError`].
 pub fn map_file(mib: u32, file: &File) -> Result<GuestMemory, MemoryError> {
-    let file = file.try_clone().map_err(MemoryError::MapFile)?;
-    let file = std::sync::Arc::new(file);
+    let memory = allocate(mib)?;
     let mut offset = 0;
-    let mut regions = Vec::new();
-    for (start, size) in layout::ram_ranges(mib) {
-        let place = FileOffset::from_arc(file.clone(), offset);
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let mapping = MmapRegion::build(Some(place), size, libc::PROT_READ | libc::PROT_WRITE, flags)
-            .map_err(MemoryError::Region)?;
-        let region = GuestRegionMmap::new(mapping, start);
-        // It lies as a layout does, below the end of addresses.
-        regions.push(region.ok_or(MemoryError::Address(GuestMemoryError::InvalidGuestAddress(start)))?);
-        offset += size as u64;
+    for region in memory.iter() {
+        let start = region.get_host_address(MemoryRegionAddress(0));
+        let start = start.map_err(MemoryError::Address)? as u64;
+        map_over(start, region.len(), file, offset)?;
+        offset += region.len();
     }
-    let memory = GuestMemory::from_regions(regions).map_err(MemoryError::Insert)?;
-    keep_out_of_dumps(&memory)?;
     Ok(memory)
 }
 
-/// Replaces `length` bytes at `address` of this process, a part of guest memory, by those of `file` from `offset` on.
+/// Makes `length` bytes at `address` of this process, a part of guest memory that is all zero, those of `file` from
+/// `offset` on. What the file has no data for stays as it is: a page of zeroes is made when it is written, and for a
+/// mapped hole two would be, one of them in the page cache.
 ///
 /// # Errors
-/// [`MemoryError::MapFile`].
+/// [`MemoryError::MapFile`], [`MemoryError::Data`].
 pub fn map_over(address: u64, length: u64, file: &File, offset: u64) -> Result<(), MemoryError> {
-    if length == 0 {
-        return Ok(());
+    for part in data(file, offset, offset + length)? {
+        map_part(
+            address + (part.start - offset),
+            part.end - part.start,
+            file,
+            part.start,
+        )?;
     }
+    Ok(())
+}
+
+/// Parts of `file` between two offsets that have data, and the short holes between them: each part is a mapping.
+fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, MemoryError> {
+    let seek = |from: u64, whence| match lseek64(file.as_raw_fd(), from as i64, whence) {
+        Ok(found) => Ok(found.unsigned_abs().min(end)),
+        // Nothing but a hole up to the end.
+        Err(Errno::ENXIO) => Ok(end),
+        Err(errno) => Err(MemoryError::Data(errno)),
+    };
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    let mut position = start;
+    while position < end {
+        let from = seek(position, Whence::SeekData)?;
+        if from == end {
+            break;
+        }
+        let to = seek(from, Whence::SeekHole)?;
+        match parts.last_mut() {
+            Some(last) if from - last.end < SHORT_HOLE => last.end = to,
+            _ => parts.push(from..to),
+        }
+        position = to;
+    }
+    Ok(parts)
+}
+
+fn map_part(address: u64, length: u64, file: &File, offset: u64) -> Result<(), MemoryError> {
     let start = address as *mut libc::c_void;
     let failed = || MemoryError::MapFile(io::Error::last_os_error());
     let offset = i64::try_from(offset).map_err(|_| failed())?;
@@ -208,6 +240,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     use vm_memory::Bytes;
 
@@ -231,6 +264,44 @@ mod tests {
         ));
         file.set_len(PERSISTENT_ALIGNMENT).unwrap();
         assert_eq!(Image::map(&file).unwrap().length, PERSISTENT_ALIGNMENT);
+    }
+
+    #[test]
+    fn only_data_of_a_file_is_mapped() {
+        let path = std::env::temp_dir().join(format!("bulkhead-holes-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        let write = |value: u8, at: u64| file.write_all_at(&[value; 4096], at).unwrap();
+        write(1, 0);
+        write(2, 8192);
+        write(3, 32 << 20);
+        let parts = data(&file, 0, 64 << 20).unwrap();
+        assert_eq!(parts, [0..12288, 32 << 20..(32 << 20) + 4096]);
+        let part = data(&file, 4096, 32 << 20).unwrap();
+        assert_eq!(part, [8192..12288]);
+        let memory = map_file(64, &file).unwrap();
+        let value = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!([0, 4096, 8192, 1 << 20, 32 << 20].map(value), [1, 0, 2, 0, 3]);
+        memory.write_obj(9u8, GuestAddress(1 << 20)).unwrap();
+        memory.write_obj(9u8, GuestAddress(0)).unwrap();
+        assert_eq!(
+            map_file(64, &file)
+                .unwrap()
+                .read_obj::<u8>(GuestAddress(0))
+                .unwrap(),
+            1
+        );
+        assert_eq!(
+            data(&file, 0, 64 << 20).unwrap().len(),
+            2,
+            "nothing was made in the file"
+        );
     }
 
     #[test]

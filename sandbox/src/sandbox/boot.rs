@@ -138,12 +138,13 @@ impl Sandbox {
                 // Both wait in the stream for the agent: it takes them one after the other without a round trip.
                 let setup = self.setup_request();
                 let agent = &guest.agent;
-                let (hello, ()) = tokio::try_join!(agent.hello(limit), agent.setup_sandbox(&setup, limit))?;
+                let (hello, ()) =
+                    tokio::try_join!(self.first(agent.hello(limit)), agent.setup_sandbox(&setup, limit))?;
                 self.mark_agent(running, &hello);
                 true
             }
             Origin::Kernel(Some(making)) => {
-                let hello = guest.agent.hello(limit).await?;
+                let hello = self.first(guest.agent.hello(limit)).await?;
                 self.mark_agent(running, &hello);
                 self.write_template(&guest.vm, making).await?;
                 guest.agent.setup_sandbox(&self.setup_request(), limit).await?;
@@ -152,24 +153,32 @@ impl Sandbox {
             Origin::Template(_) => {
                 let (resume, setup) = (self.resume_request()?, self.setup_request());
                 let agent = &guest.agent;
-                tokio::try_join!(agent.resume(&resume, limit), agent.setup_sandbox(&setup, limit))?;
+                let resumed = self.first(agent.resume(&resume, limit));
+                tokio::try_join!(resumed, agent.setup_sandbox(&setup, limit))?;
                 false
             }
             Origin::Snapshot(restore) => {
                 let resume = self.fork_request()?;
-                guest.agent.resume(&resume, limit).await?;
+                self.first(guest.agent.resume(&resume, limit)).await?;
                 // Its processes stand still all the same: they are frozen one by one.
                 guest.agent.thaw(&ThawRequest::default()).await?;
                 self.unplug_interfaces(&guest, restore).await?;
                 false
             }
         };
-        self.0.timeline.mark("agent_answered");
+        self.0.timeline.mark("sandbox_set_up");
         self.count_on_vm();
         if !attached {
             self.attach_interfaces(&guest).await?;
         }
         Ok(guest)
+    }
+
+    /// Marks the agent's first answer.
+    async fn first<T>(&self, answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let answer = answer.await?;
+        self.0.timeline.mark("agent_answered");
+        Ok(answer)
     }
 
     /// The rest of the start: network, events.

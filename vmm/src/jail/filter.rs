@@ -3,6 +3,7 @@
 //! A filter is a program for the kernel's classic BPF machine (Linux Documentation/networking/filter.rst). It reads a
 //! `struct seccomp_data`: the call's number at 0, the architecture at 4, and six arguments of 64 bits from 16 on.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use super::table::{RULES, Thread};
@@ -64,6 +65,11 @@ const fn equal(k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k)
 }
 
+/// Skips `jt` instructions if the value loaded is `k` or more, else `jf`.
+const fn at_least(k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, jt, jf, k)
+}
+
 /// Skips `jt` instructions if the value loaded has a bit of `k`, else `jf`.
 const fn any_bit(k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, jt, jf, k)
@@ -83,15 +89,43 @@ pub fn program(thread: Thread) -> Vec<libc::sock_filter> {
 
 /// The program that allows what `rules` do and kills the process for everything else, calls by another architecture's
 /// numbers among it. x86-64's 32-bit interface has numbers of its own, which are in no table.
+///
+/// Numbers are searched by halves. It is not for the calls alone: the kernel runs a new filter once for each number there
+/// is, to know those that need no filter (`seccomp_cache_prepare`), and a VM waits for that as often as it has threads.
 fn compile<'a>(rules: impl Iterator<Item = &'a Rule>) -> Vec<libc::sock_filter> {
-    let mut program = vec![load(ARCHITECTURE), equal(X86_64, 1, 0), KILL, load(NUMBER)];
+    let mut calls = BTreeMap::<u32, Vec<libc::sock_filter>>::new();
     for rule in rules {
-        let body = body(rule.check);
-        program.push(equal(rule.number, 0, body.len() as u8));
-        program.extend(body);
+        calls.entry(rule.number).or_default().extend(body(rule.check));
     }
-    program.push(KILL);
+    let calls: Vec<_> = calls.into_iter().collect();
+    let mut program = vec![load(ARCHITECTURE), equal(X86_64, 1, 0), KILL, load(NUMBER)];
+    program.extend(search(&calls));
     program
+}
+
+/// Goes to the part that belongs to the number. It ends the program.
+fn search(calls: &[(u32, Vec<libc::sock_filter>)]) -> Vec<libc::sock_filter> {
+    match calls {
+        [] => vec![KILL],
+        [(number, body)] => {
+            let mut program = vec![equal(*number, 1, 0), KILL];
+            program.extend(body);
+            // None of the lines of this number has allowed it.
+            program.push(KILL);
+            program
+        }
+        several => {
+            let (low, high) = several.split_at(several.len() / 2);
+            let (low, high) = (search(low), search(&high[..]));
+            let first = several[several.len() / 2].0;
+            // Only a jump that has no condition goes further than 255 instructions.
+            let over = instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, low.len() as u32);
+            let mut program = vec![at_least(first, 0, 1), over];
+            program.extend(low);
+            program.extend(high);
+            program
+        }
+    }
 }
 
 /// What follows when the number is the rule's. It ends the program or leaves the number loaded.
