@@ -9,7 +9,7 @@ use serde_json::json;
 const WIDTH: u64 = 40;
 
 /// Who was at work in a phase, and on what, by the mark that ended it.
-const PHASES: [(&str, &str, &str); 18] = [
+const PHASES: &[(&str, &str, &str)] = &[
     ("shim_start", "shim", "is started by containerd"),
     ("shim_ready", "shim", "starts its server"),
     (
