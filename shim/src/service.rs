@@ -1,15 +1,11 @@
 //! containerd's task service over one sandbox.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use bulkhead_sandbox::fault::{self, Step};
-use bulkhead_sandbox::mount::Mount;
 use bulkhead_sandbox::snapshot::ANNOTATION;
-use bulkhead_sandbox::{
-    ContainerRequest, Error, ExecRequest, Exit, PidNamespace, Role, Sandbox, Status, Stdio, spec,
-};
+use bulkhead_sandbox::{Error, ExecRequest, Exit, Role, Sandbox, Status, Stdio};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::{CheckpointOptions, ProcessDetails};
 use containerd_shim_protos::shim_async::Task as TaskService;
@@ -19,12 +15,16 @@ use protobuf::{Message, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::proto::Code;
 
-use crate::anchor::{self, Anchor};
+use crate::anchor::Anchor;
 use crate::events::{self, Task, any};
 use crate::io::{self, Owner, Paths};
 use crate::pod::{Kind, Pod};
 use crate::stats;
 use crate::status::{from_sandbox, status};
+
+mod create;
+
+use create::NewTask;
 
 type Result<T> = ttrpc::Result<T>;
 type Empty = api::Empty;
@@ -55,33 +55,8 @@ impl Service {
         self.tasks().get(id).map_or_else(std::process::id, Task::pid)
     }
 
-    /// Which processes a container sees: in a pod, the path of its pid namespace names the sandbox's process or
-    /// another container's.
-    fn pid_namespace(&self, spec: &Spec, role: Role) -> PidNamespace {
-        let Some(path) = spec::pid_namespace_path(spec).filter(|_| role == Role::Container) else {
-            return PidNamespace::Own;
-        };
-        let anchor = anchor::id_of(path);
-        let tasks = self.tasks();
-        let target = tasks
-            .iter()
-            .find(|(_, task)| task.anchor.is_some() && anchor == Some(task.pid()));
-        match target {
-            Some((id, _)) => PidNamespace::Container(id.clone()),
-            None => PidNamespace::Pod,
-        }
-    }
-
     fn tasks(&self) -> MutexGuard<'_, std::collections::HashMap<String, Task>> {
         self.pod.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn spec_of(&self, bundle: &Path) -> std::result::Result<Spec, Error> {
-        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match first {
-            Some((first_bundle, spec)) if first_bundle == bundle => Ok(spec),
-            _ => Ok(spec::load(bundle)?),
-        }
     }
 
     async fn open_streams(&self, container: &str, paths: &Paths) -> Result<Stdio> {
@@ -92,59 +67,6 @@ impl Service {
         io::open(paths, owner)
             .await
             .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
-    }
-
-    async fn create_container(&self, request: &api::CreateTaskRequest, paths: &Paths) -> Result<()> {
-        let bundle = PathBuf::from(&request.bundle);
-        let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
-        let role = self.pod.role(&request.id)?;
-        let pid_namespace = self.pid_namespace(&spec, role);
-        fault::reach(Step::StreamsOpened)
-            .await
-            .map_err(|error| from_sandbox(&Error::Step(Step::StreamsOpened, error)))?;
-        let stdio = if role == Role::Sandbox {
-            Stdio::default()
-        } else {
-            self.open_streams(&request.id, paths).await?
-        };
-        let root = request
-            .rootfs
-            .iter()
-            .map(|mount| Mount {
-                kind: mount.type_.clone(),
-                source: mount.source.clone(),
-                target: mount.target.clone(),
-                options: mount.options.clone(),
-            })
-            .collect();
-        let container = ContainerRequest {
-            id: request.id.clone(),
-            spec,
-            bundle,
-            root,
-            stdio,
-            role,
-            pid_namespace,
-        };
-        self.sandbox()?
-            .create(container)
-            .await
-            .map_err(|error| from_sandbox(&error))
-    }
-}
-
-/// A task that is forgotten again unless it is made.
-struct NewTask<'a> {
-    service: &'a Service,
-    id: &'a str,
-    keep: bool,
-}
-
-impl Drop for NewTask<'_> {
-    fn drop(&mut self) {
-        if !self.keep {
-            self.service.tasks().remove(self.id);
-        }
     }
 }
 
