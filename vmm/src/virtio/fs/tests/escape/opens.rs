@@ -93,7 +93,7 @@ fn the_hosts_own_devices_are_not_opened() {
             continue;
         };
         assert!(metadata.file_type().is_char_device());
-        let node = u64_at(&guest.lookup(ROOT, name), 0);
+        let node = guest.node(ROOT, name);
         for flags in [libc::O_RDONLY, libc::O_RDWR] {
             let (error, _) = guest.ask_in_pieces(OPEN, node, &words(&[flags as u32, 0]), 4096);
             assert_eq!(error, -libc::EBADF, "{name}");
@@ -111,7 +111,7 @@ fn nodes_and_handles_of_another_share_mean_nothing() {
     // Numbers the first share gives out only later.
     let mut foreign = Vec::new();
     for _ in 0..8 {
-        let node = u64_at(&other.lookup(ROOT, "secret"), 0);
+        let node = other.node(ROOT, "secret");
         foreign.push((node, u64_at(&other.ask(OPEN, node, &[0; 8]), 0)));
     }
     let mut fence = Fence::new();
