@@ -80,7 +80,7 @@ impl TaskService for Service {
         let state = self
             .sandbox()?
             .state(&request.id, &request.exec_id)
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         let task = self.tasks().get(&request.id).cloned().unwrap_or_default();
         let pid = task.pid();
         let paths = match request.exec_id.as_str() {
@@ -183,7 +183,7 @@ impl TaskService for Service {
             // Checked before streams are opened: a logging program is not started for nothing.
             self.sandbox()?
                 .state(&request.id, &request.exec_id)
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
             let paths = self
                 .tasks()
                 .get(&request.id)
@@ -193,7 +193,7 @@ impl TaskService for Service {
         self.sandbox()?
             .start_process(&request.id, &request.exec_id, stdio)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(api::StartResponse {
             pid: self.pid(&request.id),
             ..api::StartResponse::default()
@@ -212,7 +212,7 @@ impl TaskService for Service {
                 task.execs.remove(&request.exec_id);
             }
         }
-        let exit = deleted.map_err(|error| from_sandbox(&error))?;
+        let exit = deleted.map_err(from_sandbox)?;
         Ok(api::DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -226,14 +226,12 @@ impl TaskService for Service {
     /// without processes for lost, and its exit status would be. So does one whose guest does not answer.
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
         let sandbox = self.sandbox()?;
-        let state = sandbox
-            .state(&request.id, "")
-            .map_err(|error| from_sandbox(&error))?;
+        let state = sandbox.state(&request.id, "").map_err(from_sandbox)?;
         let listed = match state.status {
             Status::Stopped => Vec::new(),
             _ => match sandbox.processes(&request.id).await {
                 Err(Error::Timeout { .. }) => Vec::new(),
-                listed => listed.map_err(|error| from_sandbox(&error))?,
+                listed => listed.map_err(from_sandbox)?,
             },
         };
         let mut processes: Vec<api::ProcessInfo> = listed
@@ -265,18 +263,12 @@ impl TaskService for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
-        self.sandbox()?
-            .pause(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.pause(&request.id).await.map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
-        self.sandbox()?
-            .resume(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.resume(&request.id).await.map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -299,20 +291,15 @@ impl TaskService for Service {
         let sandbox = self.sandbox()?;
         // With the Sandbox API no container stands for the pod.
         if request.id != self.pod.id {
-            sandbox
-                .state(&request.id, "")
-                .map_err(|error| from_sandbox(&error))?;
+            sandbox.state(&request.id, "").map_err(from_sandbox)?;
         }
-        sandbox
-            .checkpoint(&path)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        sandbox.checkpoint(&path).await.map_err(from_sandbox)?;
         if options.exit {
             let kill = libc::SIGKILL.unsigned_abs();
             sandbox
                 .signal(&request.id, "", kill, true)
                 .await
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
         }
         Ok(Empty::default())
     }
@@ -321,7 +308,7 @@ impl TaskService for Service {
         self.sandbox()?
             .signal(&request.id, &request.exec_id, request.signal, request.all)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -336,7 +323,7 @@ impl TaskService for Service {
             exec: request.exec_id.clone(),
             process_json,
         };
-        self.sandbox()?.exec(exec).map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.exec(exec).map_err(from_sandbox)?;
         if let Some(task) = self.tasks().get_mut(&request.id) {
             let paths = Paths {
                 stdin: request.stdin,
@@ -366,7 +353,7 @@ impl TaskService for Service {
                 request.height,
             )
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -374,7 +361,7 @@ impl TaskService for Service {
         if request.stdin {
             self.sandbox()?
                 .close_stdin(&request.id, &request.exec_id)
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
         }
         Ok(Empty::default())
     }
@@ -388,7 +375,7 @@ impl TaskService for Service {
         self.sandbox()?
             .update(&request.id, &resources)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -397,7 +384,7 @@ impl TaskService for Service {
             .sandbox()?
             .wait(&request.id, &request.exec_id)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(api::WaitResponse {
             exit_status: exit.status,
             exited_at: exited_at(exit),
@@ -407,10 +394,7 @@ impl TaskService for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
         let sandbox = self.sandbox()?;
-        let counters = sandbox
-            .stats(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        let counters = sandbox.stats(&request.id).await.map_err(from_sandbox)?;
         let stats = any(&stats::metrics(&counters, &sandbox.network_stats()));
         Ok(api::StatsResponse {
             stats: Some(stats).into(),

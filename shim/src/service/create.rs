@@ -46,12 +46,12 @@ impl Service {
         paths: &Paths,
     ) -> Result<()> {
         let bundle = PathBuf::from(&request.bundle);
-        let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
+        let spec = self.spec_of(&bundle).map_err(from_sandbox)?;
         let role = self.pod.role(&request.id)?;
         let pid_namespace = self.pid_namespace(&spec, role);
         fault::reach(Step::StreamsOpened)
             .await
-            .map_err(|error| from_sandbox(&Error::Step(Step::StreamsOpened, error)))?;
+            .map_err(|error| from_sandbox(Error::Step(Step::StreamsOpened, error)))?;
         let stdio = if role == Role::Sandbox {
             Stdio::default()
         } else {
@@ -76,10 +76,7 @@ impl Service {
             role,
             pid_namespace,
         };
-        self.sandbox()?
-            .create(container)
-            .await
-            .map_err(|error| from_sandbox(&error))
+        self.sandbox()?.create(container).await.map_err(from_sandbox)
     }
 }
 
