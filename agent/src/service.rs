@@ -19,7 +19,7 @@ use crate::{network, power, processors, sandbox};
 
 mod work;
 
-use work::{checked_source, limit};
+use work::{checked_source, joined, limit};
 
 /// Moments of the boot, in microseconds of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
@@ -272,10 +272,7 @@ impl Agent for Service {
         // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
         let _working = self.gate.work();
         let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
-        let online = match set.await {
-            Ok(result) => result.map_err(Error::Processors)?,
-            Err(error) => return Err(ttrpc::Error::Others(error.to_string())),
-        };
+        let online = joined(set.await)?.map_err(Error::Processors)?;
         Ok(proto::SetProcessorsResponse {
             online,
             ..Default::default()
@@ -386,7 +383,7 @@ impl Agent for Service {
         let (duration, limit) = (Duration::from_millis(request.limit_ms.into()), limit(context));
         let checkpoint = Arc::clone(&self.checkpoint);
         let freeze = tokio::spawn(async move { checkpoint.freeze(duration, limit).await });
-        let frozen = freeze.await.map_err(|e| ttrpc::Error::Others(e.to_string()))??;
+        let frozen = joined(freeze.await)??;
         Ok(proto::FreezeResponse {
             frozen,
             ..Default::default()
@@ -396,7 +393,7 @@ impl Agent for Service {
     async fn thaw(&self, _: &TtrpcContext, _: proto::ThawRequest) -> ttrpc::Result<proto::ThawResponse> {
         let checkpoint = Arc::clone(&self.checkpoint);
         let thaw = tokio::spawn(async move { checkpoint.thaw().await });
-        let expired = thaw.await.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        let expired = joined(thaw.await)?;
         Ok(proto::ThawResponse {
             expired,
             ..Default::default()

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinError;
 use ttrpc::r#async::TtrpcContext;
 
 use super::Service;
@@ -23,6 +24,11 @@ pub(super) fn limit(context: &TtrpcContext) -> Duration {
     }
 }
 
+/// What a task has done, unless it panicked.
+pub(super) fn joined<T>(task: Result<T, JoinError>) -> ttrpc::Result<T> {
+    task.map_err(|error| ttrpc::Error::Others(error.to_string()))
+}
+
 impl Service {
     /// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
     pub(super) async fn detached<T: Send + 'static>(
@@ -34,10 +40,7 @@ impl Service {
             let _working = working;
             work.await
         };
-        match tokio::spawn(work).await {
-            Ok(result) => Ok(result?),
-            Err(error) => Err(ttrpc::Error::Others(error.to_string())),
-        }
+        Ok(joined(tokio::spawn(work).await)??)
     }
 
     /// Works on a volume in a helper process: files of the host and memory can take their time.
