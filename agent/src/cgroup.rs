@@ -21,6 +21,7 @@ use oci_spec::runtime::LinuxResources;
 pub use resources::{Setting, settings};
 pub use stats::{KeyValues, Stats, key_values};
 
+use crate::error::{FileError, failed};
 use crate::fd::AsyncFile;
 
 /// Where the hierarchy is mounted.
@@ -36,16 +37,8 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     /// A file or directory of the hierarchy.
-    #[error("cannot {verb} {}", path.display())]
-    Io {
-        /// What was tried.
-        verb: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A limit the kernel does not take.
     #[error("cannot set {file} to {value:?}")]
     Set {
@@ -90,14 +83,6 @@ impl CgroupError {
                 Some(libc::EINVAL | libc::ERANGE | libc::ENODEV | libc::ENOENT)
             ),
             _ => false,
-        }
-    }
-
-    fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            verb,
-            path: path.to_owned(),
-            source,
         }
     }
 }
@@ -208,7 +193,7 @@ impl Cgroup {
                 {
                     continue;
                 }
-                Err(error) => return Err(CgroupError::io("read", &group)(error)),
+                Err(error) => return Err(failed("read", &group)(error).into()),
             };
             // 0: a process of a pid namespace that is not below the guest's, which cannot be.
             pids.extend(
@@ -280,7 +265,7 @@ impl Cgroup {
         for group in self.subtree()?.into_iter().rev() {
             match fs::remove_dir(&group) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(CgroupError::io("remove", &group)(error));
+                    return Err(failed("remove", &group)(error).into());
                 }
                 _ => (),
             }
@@ -297,7 +282,7 @@ impl Cgroup {
             let entries = match fs::read_dir(&group) {
                 Ok(entries) => entries,
                 Err(error) if error.kind() == io::ErrorKind::NotFound && next > 1 => continue,
-                Err(error) => return Err(CgroupError::io("list", &group)(error)),
+                Err(error) => return Err(failed("list", &group)(error).into()),
             };
             let children = entries
                 .flatten()
@@ -321,14 +306,14 @@ impl Watch {
     /// # Errors
     /// The file does not exist.
     pub fn new(path: &Path) -> Result<Self, CgroupError> {
-        let fail = |e: nix::Error| CgroupError::io("watch", path)(e.into());
+        let fail = |errno: nix::Error| failed("watch", path)(errno);
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(fail)?;
         inotify.add_watch(path, AddWatchFlags::IN_MODIFY).map_err(fail)?;
         let fd = inotify
             .as_fd()
             .try_clone_to_owned()
-            .map_err(CgroupError::io("watch", path))?;
-        let events = AsyncFile::new(fd).map_err(CgroupError::io("watch", path))?;
+            .map_err(failed("watch", path))?;
+        let events = AsyncFile::new(fd).map_err(failed("watch", path))?;
         Ok(Self {
             path: path.to_owned(),
             events,
@@ -344,22 +329,22 @@ impl Watch {
         self.events
             .read(&mut buffer)
             .await
-            .map_err(CgroupError::io("watch", &self.path))
-            .map(drop)
+            .map_err(failed("watch", &self.path))?;
+        Ok(())
     }
 }
 
 fn make_dir(path: &Path) -> Result<(), CgroupError> {
     match fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            Err(CgroupError::io("create", path)(error))
+            Err(failed("create", path)(error).into())
         }
         _ => Ok(()),
     }
 }
 
 fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
-    write_existing(path, value).map_err(CgroupError::io("write", path))
+    Ok(write_existing(path, value).map_err(failed("write", path))?)
 }
 
 /// Without creating: the hierarchy would refuse that with `EACCES`, which hides that the file does not exist.
@@ -371,5 +356,5 @@ fn write_existing(path: &Path, value: &str) -> io::Result<()> {
 }
 
 fn read(path: &Path) -> Result<String, CgroupError> {
-    fs::read_to_string(path).map_err(CgroupError::io("read", path))
+    Ok(fs::read_to_string(path).map_err(failed("read", path))?)
 }

@@ -2,6 +2,8 @@
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use ttrpc::Code;
 
@@ -15,6 +17,28 @@ use crate::processors::ProcessorError;
 use crate::resume::ResumeError;
 use crate::sandbox::SandboxError;
 use crate::streams::StreamError;
+
+/// A file or directory could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {verb} {}", path.display())]
+pub struct FileError {
+    /// What was tried.
+    verb: &'static str,
+    /// The file.
+    path: PathBuf,
+    /// Why it failed.
+    #[source]
+    pub source: io::Error,
+}
+
+/// A closure for `map_err` that says what was tried with `path`.
+pub fn failed<E: Into<io::Error>>(verb: &'static str, path: &Path) -> impl FnOnce(E) -> FileError {
+    move |source| FileError {
+        verb,
+        path: path.to_owned(),
+        source: source.into(),
+    }
+}
 
 /// What a call of the agent can fail with.
 #[derive(Debug, thiserror::Error)]

@@ -3,8 +3,9 @@
 //! The kernel knows every processor of the MP table from its start; those above `maxcpus=` wait for the agent.
 
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use crate::error::{FileError, failed};
 
 /// The kernel's processors (Linux Documentation/ABI/testing/sysfs-devices-system-cpu).
 const PROCESSORS: &str = "/sys/devices/system/cpu";
@@ -21,26 +22,8 @@ pub enum ProcessorError {
         present: u32,
     },
     /// A file of the kernel.
-    #[error("cannot {verb} {}", path.display())]
-    Io {
-        /// What was tried.
-        verb: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl ProcessorError {
-    fn io(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            verb,
-            path: path.to_owned(),
-            source,
-        }
-    }
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 /// Brings the first `wanted` processors on line and takes the others off line; how many are on line then.
@@ -53,7 +36,7 @@ pub fn set_online(wanted: u32) -> Result<u32, ProcessorError> {
 
 fn set_online_in(directory: &Path, wanted: u32) -> Result<u32, ProcessorError> {
     let path = directory.join("present");
-    let text = fs::read_to_string(&path).map_err(ProcessorError::io("read", &path))?;
+    let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
     let present = count(&text);
     if wanted == 0 || wanted > present {
         return Err(ProcessorError::Count { wanted, present });
@@ -62,10 +45,7 @@ fn set_online_in(directory: &Path, wanted: u32) -> Result<u32, ProcessorError> {
     // Processor 0 cannot be taken off line and has no such file.
     for number in 1..present {
         let path = directory.join(format!("cpu{number}/online"));
-        let is_online = fs::read_to_string(&path)
-            .map_err(ProcessorError::io("read", &path))?
-            .trim()
-            == "1";
+        let is_online = fs::read_to_string(&path).map_err(failed("read", &path))?.trim() == "1";
         let shall = number < wanted;
         if is_online == shall {
             online += u32::from(is_online);
@@ -73,7 +53,7 @@ fn set_online_in(directory: &Path, wanted: u32) -> Result<u32, ProcessorError> {
         }
         match fs::write(&path, if shall { "1" } else { "0" }) {
             Ok(()) => online += u32::from(shall),
-            Err(source) if shall => return Err(ProcessorError::io("write", &path)(source)),
+            Err(source) if shall => return Err(failed("write", &path)(source).into()),
             // Something in the guest needs it still.
             Err(error) => {
                 log::warn!("processor {number} stays on line: {error}");

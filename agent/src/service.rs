@@ -1,6 +1,5 @@
 //! The ttrpc service: a thin layer over [`Containers`].
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,15 +10,16 @@ use tokio::sync::Notify;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::checkpoint::Checkpoint;
-use crate::container::spec::valid_path;
 use crate::container::{Containers, control};
 use crate::error::{Error, chain};
 use crate::gate::Gate;
-use crate::job::Job;
 use crate::resume::Resume;
-use crate::storage::SHARED;
 use crate::storage::volumes::{Create, Remove, Version};
 use crate::{network, power, processors, sandbox};
+
+mod work;
+
+use work::{checked_source, joined, limit};
 
 /// Moments of the boot, in microseconds of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy, Debug)]
@@ -74,63 +74,6 @@ fn check_version(version: u32) -> Result<(), Error> {
 fn kernel_release() -> Result<String, Error> {
     let system = nix::sys::utsname::uname().map_err(|e| Error::io("cannot read the kernel's release")(e))?;
     Ok(system.release().to_string_lossy().into_owned())
-}
-
-/// How long a call that starts something may take if the host does not say: longer than a host waits.
-const DEFAULT_LIMIT: Duration = Duration::from_secs(600);
-
-/// How long a call may take: a little less than the host waits for it, so that the host hears what took so long.
-fn limit(context: &TtrpcContext) -> Duration {
-    match u64::try_from(context.timeout_nano) {
-        Ok(nanos @ 1..) => Duration::from_nanos(nanos) * 9 / 10,
-        _ => DEFAULT_LIMIT,
-    }
-}
-
-impl Service {
-    /// Runs a call to its end even if the host stops waiting for it: what is half done cannot be left so.
-    async fn detached<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> ttrpc::Result<T> {
-        let working = self.gate.work();
-        let work = async move {
-            let _working = working;
-            work.await
-        };
-        match tokio::spawn(work).await {
-            Ok(result) => Ok(result?),
-            Err(error) => Err(ttrpc::Error::Others(error.to_string())),
-        }
-    }
-
-    /// Works on a volume in a helper process: files of the host and memory can take their time.
-    async fn volume_job(
-        &self,
-        context: &TtrpcContext,
-        name: &'static str,
-        work: impl FnOnce() -> Result<(), String> + Send + 'static,
-    ) -> ttrpc::Result<()> {
-        let limit = limit(context);
-        let containers = Arc::clone(&self.containers);
-        self.detached(async move {
-            let mut job = Job::spawn(&containers.reaper, name, &[], move |_| work())?;
-            job.finish(limit).await?;
-            Ok(())
-        })
-        .await
-    }
-}
-
-/// A directory of the shared tree.
-fn checked_source(path: &str) -> Result<PathBuf, Error> {
-    if valid_path(path) && Path::new(path).starts_with(SHARED) {
-        return Ok(PathBuf::from(path));
-    }
-    Err(Error::Invalid {
-        field: "source",
-        value: path.to_owned(),
-    })
 }
 
 #[async_trait]
@@ -329,10 +272,7 @@ impl Agent for Service {
         // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
         let _working = self.gate.work();
         let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
-        let online = match set.await {
-            Ok(result) => result.map_err(Error::Processors)?,
-            Err(error) => return Err(ttrpc::Error::Others(error.to_string())),
-        };
+        let online = joined(set.await)?.map_err(Error::Processors)?;
         Ok(proto::SetProcessorsResponse {
             online,
             ..Default::default()
@@ -443,7 +383,7 @@ impl Agent for Service {
         let (duration, limit) = (Duration::from_millis(request.limit_ms.into()), limit(context));
         let checkpoint = Arc::clone(&self.checkpoint);
         let freeze = tokio::spawn(async move { checkpoint.freeze(duration, limit).await });
-        let frozen = freeze.await.map_err(|e| ttrpc::Error::Others(e.to_string()))??;
+        let frozen = joined(freeze.await)??;
         Ok(proto::FreezeResponse {
             frozen,
             ..Default::default()
@@ -453,7 +393,7 @@ impl Agent for Service {
     async fn thaw(&self, _: &TtrpcContext, _: proto::ThawRequest) -> ttrpc::Result<proto::ThawResponse> {
         let checkpoint = Arc::clone(&self.checkpoint);
         let thaw = tokio::spawn(async move { checkpoint.thaw().await });
-        let expired = thaw.await.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        let expired = joined(thaw.await)?;
         Ok(proto::ThawResponse {
             expired,
             ..Default::default()

@@ -18,6 +18,7 @@ pub mod journal;
 pub mod limits;
 pub mod mount;
 pub mod network;
+pub mod private;
 pub mod process;
 pub mod resources;
 mod sandbox;

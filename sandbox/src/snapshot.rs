@@ -4,12 +4,12 @@
 //! something on the host, and [`Manifest`] as `manifest.json`. The manifest is written last and by a rename: a directory
 //! without one is no snapshot. Nothing in it changes later, so that any number of pods can begin from it at once.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::Kind;
+use crate::private::{self, FileError, failed};
 use crate::template::TemplateError;
 
 mod copy;
@@ -51,16 +51,8 @@ pub enum SnapshotError {
     #[error("Directory {} can be changed by others than its owner, or is not this user's", .0.display())]
     Open(PathBuf),
     /// A file cannot be used.
-    #[error("Cannot {what} {}", .path.display())]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// File or directory.
-        path: PathBuf,
-        /// Reason.
-        #[source]
-        error: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The manifest is not one.
     #[error("Manifest {} is not valid", .0.display())]
     Manifest(PathBuf, #[source] serde_json::Error),
@@ -125,18 +117,10 @@ impl SnapshotError {
             | Self::Changed { .. }
             | Self::Container { .. }
             | Self::Gone(_) => Kind::FailedPrecondition,
-            Self::Io { .. } | Self::Manifest(..) | Self::Image(_) | Self::Copy(..) | Self::Expired => {
+            Self::File(_) | Self::Manifest(..) | Self::Image(_) | Self::Copy(..) | Self::Expired => {
                 Kind::Internal
             }
         }
-    }
-}
-
-fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> SnapshotError + use<'a> {
-    move |error| SnapshotError::Io {
-        what,
-        path: path.into(),
-        error,
     }
 }
 
@@ -153,11 +137,7 @@ impl Making {
     /// # Errors
     /// [`SnapshotError`].
     pub fn begin(directory: &Path) -> Result<Self, SnapshotError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed("create", directory))?;
+        private::make_directory(directory)?;
         let mut entries = fs::read_dir(directory).map_err(failed("read", directory))?;
         if entries.next().is_some() {
             return Err(SnapshotError::NotEmpty(directory.into()));
@@ -177,14 +157,9 @@ impl Making {
     /// The empty files for the VM's state and memory.
     ///
     /// # Errors
-    /// [`SnapshotError::Io`].
+    /// [`SnapshotError::File`].
     pub fn files(&self) -> Result<(File, File), SnapshotError> {
-        let create = |name| {
-            let path = self.directory.join(name);
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(true).mode(0o600);
-            options.open(&path).map_err(failed("create", &path))
-        };
+        let create = |name| private::create(&self.directory.join(name));
         Ok((create(STATE)?, create(MEMORY)?))
     }
 
@@ -249,7 +224,7 @@ impl Snapshot {
         let path = directory.join(MANIFEST);
         let file = File::open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => SnapshotError::None(directory.clone()),
-            _ => failed("open", &path)(error),
+            _ => failed("open", &path)(error).into(),
         })?;
         check_owner(store)?;
         check_owner(&directory)?;
@@ -260,10 +235,7 @@ impl Snapshot {
         let manifest: Manifest =
             serde_json::from_slice(&json).map_err(|error| SnapshotError::Manifest(path.clone(), error))?;
         manifest.check(namespace, image)?;
-        let open = |name| {
-            let path = directory.join(name);
-            File::open(&path).map_err(failed("open", &path))
-        };
+        let open = |name| private::open(&directory.join(name));
         Ok(Self {
             state: open(STATE)?,
             memory: open(MEMORY)?,
@@ -305,9 +277,7 @@ pub fn check_name(name: &str) -> Result<(), SnapshotError> {
 }
 
 fn check_owner(directory: &Path) -> Result<(), SnapshotError> {
-    let metadata = fs::symlink_metadata(directory).map_err(failed("look at", directory))?;
-    let own = metadata.uid() == nix::unistd::geteuid().as_raw();
-    if own && metadata.is_dir() && metadata.mode() & 0o022 == 0 {
+    if private::is_private(directory)? {
         return Ok(());
     }
     Err(SnapshotError::Open(directory.into()))

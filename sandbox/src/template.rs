@@ -6,10 +6,10 @@
 //! a rename, and is never changed. One template is made at a time: its maker holds a lock on the store. Who makes one
 //! removes those that can never be used again.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -17,6 +17,8 @@ use bulkhead_protocol::{agent, control};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+
+use crate::private::{self, FileError, failed};
 
 #[cfg(test)]
 mod tests;
@@ -35,16 +37,8 @@ const MOST: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
     /// Something of the store.
-    #[error("Cannot {what} {}", .path.display())]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// File or directory.
-        path: PathBuf,
-        /// Reason.
-        #[source]
-        error: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Whoever can write there would write the memory of guests.
     #[error("Directory {} of templates can be changed by others than its owner, or is not this user's", .0.display())]
     Open(PathBuf),
@@ -54,14 +48,6 @@ pub enum TemplateError {
     /// The shape cannot be written.
     #[error("Cannot encode the shape of a template")]
     Encode(#[source] serde_json::Error),
-}
-
-fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> TemplateError + use<'a> {
-    move |error| TemplateError::Io {
-        what,
-        path: path.into(),
-        error,
-    }
 }
 
 /// Which file it is, and which version of it.
@@ -198,10 +184,7 @@ impl Store {
             return Ok(None);
         }
         check_owner(&self.directory)?;
-        let open = |name| {
-            let file = path.join(name);
-            File::open(&file).map_err(failed("open", &file))
-        };
+        let open = |name| private::open(&path.join(name));
         let (state, memory) = (open(STATE)?, open(MEMORY)?);
         // The one that was not used for the longest time goes first. On a file system without that nothing is lost.
         let _ = File::open(&path).and_then(|directory| directory.set_modified(SystemTime::now()));
@@ -214,13 +197,9 @@ impl Store {
     /// [`TemplateError`].
     pub fn begin(&self) -> Result<Option<Making>, TemplateError> {
         let directory = &self.directory;
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed("create", directory))?;
+        private::make_directory(directory)?;
         check_owner(directory)?;
-        let lock = File::open(directory).map_err(failed("open", directory))?;
+        let lock = private::open(directory)?;
         let lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
@@ -242,12 +221,7 @@ impl Store {
             files: None,
             _lock: lock,
         };
-        let create = |name| {
-            let file = making.path.join(name);
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(true).mode(0o600);
-            options.open(&file).map_err(failed("create", &file))
-        };
+        let create = |name| private::create(&making.path.join(name));
         making.files = Some(Template {
             state: create(STATE)?,
             memory: create(MEMORY)?,
@@ -287,7 +261,8 @@ impl Making {
         fs::write(&file, json).map_err(failed("write", &file))?;
         // One that cannot be of this shape, or it would have been found.
         remove(&self.target);
-        fs::rename(&self.path, &self.target).map_err(failed("rename", &self.path))
+        fs::rename(&self.path, &self.target).map_err(failed("rename", &self.path))?;
+        Ok(())
     }
 }
 
@@ -338,9 +313,7 @@ fn sweep(directory: &Path, host_boot: &str) -> Result<(), TemplateError> {
 }
 
 fn check_owner(directory: &Path) -> Result<(), TemplateError> {
-    let metadata = fs::symlink_metadata(directory).map_err(failed("look at", directory))?;
-    let own = metadata.uid() == nix::unistd::geteuid().as_raw();
-    if own && metadata.is_dir() && metadata.mode() & 0o022 == 0 {
+    if private::is_private(directory)? {
         return Ok(());
     }
     Err(TemplateError::Open(directory.into()))

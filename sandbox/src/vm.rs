@@ -19,71 +19,17 @@ use crate::cgroup::Cgroup;
 use crate::console;
 use crate::jail::Jail;
 use crate::limits;
-use crate::mount::{self, MountError};
-use crate::spawn::{self, Ending, Program, SpawnError};
+use crate::mount;
+use crate::spawn::{self, Ending, Program};
 
 mod actor;
+mod error;
+#[cfg(any(test, fuzzing))]
+mod fake;
 #[cfg(test)]
 mod tests;
 
-/// Why the VMM could not be started or asked.
-#[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// A file is missing or not readable.
-    #[error("Cannot open {what} {}", .path.display())]
-    Open {
-        /// What the file is for.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// Reason.
-        #[source]
-        error: std::io::Error,
-    },
-    /// The VMM program is missing.
-    #[error("Cannot open the VMM program")]
-    Program(#[source] MountError),
-    /// The control socket could not be made.
-    #[error("Cannot create the control socket")]
-    Socket(#[source] ChannelError),
-    /// The VMM process could not be started.
-    #[error("Cannot start the VMM process")]
-    Spawn(#[source] SpawnError),
-    /// A descriptor could not be prepared.
-    #[error("Cannot prepare a descriptor")]
-    Descriptor(#[source] std::io::Error),
-    /// A message could not be sent.
-    #[error("Cannot send {request} to the VMM")]
-    Send {
-        /// Name of the request.
-        request: &'static str,
-        /// Reason.
-        #[source]
-        error: ChannelError,
-    },
-    /// The VMM refused.
-    #[error("The VMM refused {request}: {message}")]
-    Refused {
-        /// Name of the request.
-        request: &'static str,
-        /// The VMM's chain of causes.
-        message: String,
-    },
-    /// The VMM did not answer in time.
-    #[error("The VMM did not answer {request} within {} s", .limit.as_secs())]
-    NoAnswer {
-        /// Name of the request.
-        request: &'static str,
-        /// The deadline.
-        limit: Duration,
-    },
-    /// The VMM answered something else.
-    #[error("The VMM gave a wrong answer to {0}")]
-    WrongReply(&'static str),
-    /// The VMM has ended.
-    #[error("The VMM has ended")]
-    Gone,
-}
+pub use error::VmError;
 
 /// How the VM ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -250,56 +196,6 @@ impl Vm {
             started,
             verdict,
         })
-    }
-
-    /// A process that does nothing in the VMM's place, and answers to every request.
-    ///
-    /// # Panics
-    /// It cannot be started.
-    #[cfg(any(test, fuzzing))]
-    #[allow(clippy::unwrap_used)]
-    pub fn fake() -> Self {
-        Self::pretend(true)
-    }
-
-    /// As [`Vm::fake`]; with `answers` false it never answers.
-    #[cfg(any(test, fuzzing))]
-    #[allow(clippy::unwrap_used)]
-    fn pretend(answers: bool) -> Self {
-        let mut command = tokio::process::Command::new("sleep");
-        let mut child = command.arg("1000").kill_on_drop(true).spawn().unwrap();
-        let pid = i32::try_from(child.id().unwrap()).unwrap();
-        let verdict = Arc::new(OnceLock::<String>::new());
-        let (commands, mut receiver) = mpsc::unbounded_channel::<Command>();
-        tokio::spawn(async move {
-            let mut unanswered = Vec::new();
-            while let Some(command) = receiver.recv().await {
-                if answers {
-                    let _ = command.reply.send(Ok(Reply::Done));
-                } else {
-                    unanswered.push(command);
-                }
-            }
-        });
-        let (end_sender, end) = watch::channel(None);
-        let said = verdict.clone();
-        tokio::spawn(async move {
-            let status = child.wait().await.unwrap();
-            end_sender.send_replace(Some(Arc::new(VmEnd {
-                reason: said.get().cloned().unwrap_or_else(|| status.to_string()),
-                ..VmEnd::default()
-            })));
-        });
-        Self {
-            commands,
-            end,
-            memory: watch::channel(0).1,
-            started: Started {
-                pid,
-                start_time: spawn::start_time(pid).unwrap(),
-            },
-            verdict,
-        }
     }
 
     /// Process id and start time of the VMM.

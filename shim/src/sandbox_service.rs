@@ -98,7 +98,7 @@ impl Service {
                 }
             }
             _ => {
-                let mut spec = spec::load(&self.bundle).map_err(|error| from_sandbox(&error.into()))?;
+                let mut spec = spec::load(&self.bundle).map_err(|error| from_sandbox(error.into()))?;
                 if !request.netns_path.is_empty() {
                     set_network_namespace(&mut spec, &request.netns_path).map_err(|error| invalid(&error))?;
                 }
@@ -135,7 +135,7 @@ impl Service {
                 files,
             })
         })?;
-        let wanted = wanted.map_err(|error| from_sandbox(&error))?;
+        let wanted = wanted.map_err(from_sandbox)?;
         self.pod.make(&spec, wanted, None);
         Ok(())
     }
@@ -183,7 +183,7 @@ impl SandboxService for Service {
     ) -> Result<api::StartSandboxResponse> {
         self.check_id(&request.sandbox_id)?;
         let sandbox = self.pod.sandbox()?;
-        sandbox.ready().await.map_err(|error| from_sandbox(&error))?;
+        sandbox.ready().await.map_err(from_sandbox)?;
         sandbox.timeline().save(&self.pod.id);
         let mut started = self.started_ns.lock().unwrap_or_else(PoisonError::into_inner);
         let created_at = *started.get_or_insert_with(now_ns);
@@ -291,11 +291,7 @@ impl SandboxService for Service {
     /// Asks the guest's agent.
     async fn ping_sandbox(&self, _: &TtrpcContext, request: api::PingRequest) -> Result<api::PingResponse> {
         self.check_id(&request.sandbox_id)?;
-        self.pod
-            .sandbox()?
-            .ping(PING_LIMIT)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        self.pod.sandbox()?.ping(PING_LIMIT).await.map_err(from_sandbox)?;
         Ok(api::PingResponse::default())
     }
 

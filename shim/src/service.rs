@@ -1,15 +1,11 @@
 //! containerd's task service over one sandbox.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use bulkhead_sandbox::fault::{self, Step};
-use bulkhead_sandbox::mount::Mount;
 use bulkhead_sandbox::snapshot::ANNOTATION;
-use bulkhead_sandbox::{
-    ContainerRequest, Error, ExecRequest, Exit, PidNamespace, Role, Sandbox, Status, Stdio, spec,
-};
+use bulkhead_sandbox::{Error, ExecRequest, Exit, Role, Sandbox, Status, Stdio};
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::{CheckpointOptions, ProcessDetails};
 use containerd_shim_protos::shim_async::Task as TaskService;
@@ -19,12 +15,16 @@ use protobuf::{Message, MessageField};
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::proto::Code;
 
-use crate::anchor::{self, Anchor};
+use crate::anchor::Anchor;
 use crate::events::{self, Task, any};
 use crate::io::{self, Owner, Paths};
 use crate::pod::{Kind, Pod};
 use crate::stats;
 use crate::status::{from_sandbox, status};
+
+mod create;
+
+use create::NewTask;
 
 type Result<T> = ttrpc::Result<T>;
 type Empty = api::Empty;
@@ -55,33 +55,8 @@ impl Service {
         self.tasks().get(id).map_or_else(std::process::id, Task::pid)
     }
 
-    /// Which processes a container sees: in a pod, the path of its pid namespace names the sandbox's process or
-    /// another container's.
-    fn pid_namespace(&self, spec: &Spec, role: Role) -> PidNamespace {
-        let Some(path) = spec::pid_namespace_path(spec).filter(|_| role == Role::Container) else {
-            return PidNamespace::Own;
-        };
-        let anchor = anchor::id_of(path);
-        let tasks = self.tasks();
-        let target = tasks
-            .iter()
-            .find(|(_, task)| task.anchor.is_some() && anchor == Some(task.pid()));
-        match target {
-            Some((id, _)) => PidNamespace::Container(id.clone()),
-            None => PidNamespace::Pod,
-        }
-    }
-
     fn tasks(&self) -> MutexGuard<'_, std::collections::HashMap<String, Task>> {
         self.pod.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn spec_of(&self, bundle: &Path) -> std::result::Result<Spec, Error> {
-        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match first {
-            Some((first_bundle, spec)) if first_bundle == bundle => Ok(spec),
-            _ => Ok(spec::load(bundle)?),
-        }
     }
 
     async fn open_streams(&self, container: &str, paths: &Paths) -> Result<Stdio> {
@@ -92,59 +67,6 @@ impl Service {
         io::open(paths, owner)
             .await
             .map_err(|error| status(Code::INVALID_ARGUMENT, bulkhead_sandbox::error::chain(&error)))
-    }
-
-    async fn create_container(&self, request: &api::CreateTaskRequest, paths: &Paths) -> Result<()> {
-        let bundle = PathBuf::from(&request.bundle);
-        let spec = self.spec_of(&bundle).map_err(|error| from_sandbox(&error))?;
-        let role = self.pod.role(&request.id)?;
-        let pid_namespace = self.pid_namespace(&spec, role);
-        fault::reach(Step::StreamsOpened)
-            .await
-            .map_err(|error| from_sandbox(&Error::Step(Step::StreamsOpened, error)))?;
-        let stdio = if role == Role::Sandbox {
-            Stdio::default()
-        } else {
-            self.open_streams(&request.id, paths).await?
-        };
-        let root = request
-            .rootfs
-            .iter()
-            .map(|mount| Mount {
-                kind: mount.type_.clone(),
-                source: mount.source.clone(),
-                target: mount.target.clone(),
-                options: mount.options.clone(),
-            })
-            .collect();
-        let container = ContainerRequest {
-            id: request.id.clone(),
-            spec,
-            bundle,
-            root,
-            stdio,
-            role,
-            pid_namespace,
-        };
-        self.sandbox()?
-            .create(container)
-            .await
-            .map_err(|error| from_sandbox(&error))
-    }
-}
-
-/// A task that is forgotten again unless it is made.
-struct NewTask<'a> {
-    service: &'a Service,
-    id: &'a str,
-    keep: bool,
-}
-
-impl Drop for NewTask<'_> {
-    fn drop(&mut self) {
-        if !self.keep {
-            self.service.tasks().remove(self.id);
-        }
     }
 }
 
@@ -158,7 +80,7 @@ impl TaskService for Service {
         let state = self
             .sandbox()?
             .state(&request.id, &request.exec_id)
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         let task = self.tasks().get(&request.id).cloned().unwrap_or_default();
         let pid = task.pid();
         let paths = match request.exec_id.as_str() {
@@ -261,7 +183,7 @@ impl TaskService for Service {
             // Checked before streams are opened: a logging program is not started for nothing.
             self.sandbox()?
                 .state(&request.id, &request.exec_id)
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
             let paths = self
                 .tasks()
                 .get(&request.id)
@@ -271,7 +193,7 @@ impl TaskService for Service {
         self.sandbox()?
             .start_process(&request.id, &request.exec_id, stdio)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(api::StartResponse {
             pid: self.pid(&request.id),
             ..api::StartResponse::default()
@@ -290,7 +212,7 @@ impl TaskService for Service {
                 task.execs.remove(&request.exec_id);
             }
         }
-        let exit = deleted.map_err(|error| from_sandbox(&error))?;
+        let exit = deleted.map_err(from_sandbox)?;
         Ok(api::DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -304,14 +226,12 @@ impl TaskService for Service {
     /// without processes for lost, and its exit status would be. So does one whose guest does not answer.
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
         let sandbox = self.sandbox()?;
-        let state = sandbox
-            .state(&request.id, "")
-            .map_err(|error| from_sandbox(&error))?;
+        let state = sandbox.state(&request.id, "").map_err(from_sandbox)?;
         let listed = match state.status {
             Status::Stopped => Vec::new(),
             _ => match sandbox.processes(&request.id).await {
                 Err(Error::Timeout { .. }) => Vec::new(),
-                listed => listed.map_err(|error| from_sandbox(&error))?,
+                listed => listed.map_err(from_sandbox)?,
             },
         };
         let mut processes: Vec<api::ProcessInfo> = listed
@@ -343,18 +263,12 @@ impl TaskService for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
-        self.sandbox()?
-            .pause(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.pause(&request.id).await.map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
-        self.sandbox()?
-            .resume(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.resume(&request.id).await.map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -377,20 +291,15 @@ impl TaskService for Service {
         let sandbox = self.sandbox()?;
         // With the Sandbox API no container stands for the pod.
         if request.id != self.pod.id {
-            sandbox
-                .state(&request.id, "")
-                .map_err(|error| from_sandbox(&error))?;
+            sandbox.state(&request.id, "").map_err(from_sandbox)?;
         }
-        sandbox
-            .checkpoint(&path)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        sandbox.checkpoint(&path).await.map_err(from_sandbox)?;
         if options.exit {
             let kill = libc::SIGKILL.unsigned_abs();
             sandbox
                 .signal(&request.id, "", kill, true)
                 .await
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
         }
         Ok(Empty::default())
     }
@@ -399,7 +308,7 @@ impl TaskService for Service {
         self.sandbox()?
             .signal(&request.id, &request.exec_id, request.signal, request.all)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -414,7 +323,7 @@ impl TaskService for Service {
             exec: request.exec_id.clone(),
             process_json,
         };
-        self.sandbox()?.exec(exec).map_err(|error| from_sandbox(&error))?;
+        self.sandbox()?.exec(exec).map_err(from_sandbox)?;
         if let Some(task) = self.tasks().get_mut(&request.id) {
             let paths = Paths {
                 stdin: request.stdin,
@@ -444,7 +353,7 @@ impl TaskService for Service {
                 request.height,
             )
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -452,7 +361,7 @@ impl TaskService for Service {
         if request.stdin {
             self.sandbox()?
                 .close_stdin(&request.id, &request.exec_id)
-                .map_err(|error| from_sandbox(&error))?;
+                .map_err(from_sandbox)?;
         }
         Ok(Empty::default())
     }
@@ -466,7 +375,7 @@ impl TaskService for Service {
         self.sandbox()?
             .update(&request.id, &resources)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(Empty::default())
     }
 
@@ -475,7 +384,7 @@ impl TaskService for Service {
             .sandbox()?
             .wait(&request.id, &request.exec_id)
             .await
-            .map_err(|error| from_sandbox(&error))?;
+            .map_err(from_sandbox)?;
         Ok(api::WaitResponse {
             exit_status: exit.status,
             exited_at: exited_at(exit),
@@ -485,10 +394,7 @@ impl TaskService for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
         let sandbox = self.sandbox()?;
-        let counters = sandbox
-            .stats(&request.id)
-            .await
-            .map_err(|error| from_sandbox(&error))?;
+        let counters = sandbox.stats(&request.id).await.map_err(from_sandbox)?;
         let stats = any(&stats::metrics(&counters, &sandbox.network_stats()));
         Ok(api::StatsResponse {
             stats: Some(stats).into(),

@@ -6,8 +6,8 @@ use ttrpc::proto::Code;
 
 /// A ttrpc error with a code and the whole chain of causes.
 #[must_use]
-pub fn from_sandbox(error: &Error) -> ttrpc::Error {
-    status(error.kind().code(), chain(error))
+pub fn from_sandbox(error: Error) -> ttrpc::Error {
+    status(error.kind().code(), chain(&error))
 }
 
 /// A ttrpc error.
@@ -36,7 +36,7 @@ mod tests {
             let kind = Kind::from(answer.code());
             let error = Error::Agent { phase: "test", kind, message: answer.message.clone() };
             prop_assert_eq!(error.kind(), kind);
-            let ttrpc::Error::RpcStatus(told) = from_sandbox(&error) else { panic!() };
+            let ttrpc::Error::RpcStatus(told) = from_sandbox(error) else { panic!() };
             let told = ttrpc::proto::Status::parse_from_bytes(&told.write_to_bytes().unwrap()).unwrap();
             prop_assert!(told.message.ends_with(&words), "{}", told.message);
             let known = Kind::ALL.iter().any(|kind| kind.code() == code);

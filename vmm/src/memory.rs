@@ -243,19 +243,13 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use vm_memory::Bytes;
+    use vmm_sys_util::tempfile::TempFile;
 
     use super::*;
 
     #[test]
     fn image_of_odd_length_is_refused_with_its_length() {
-        let path = std::env::temp_dir().join(format!("bulkhead-image-{}", std::process::id()));
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let mut file = TempFile::new().unwrap().into_file();
         assert!(matches!(Image::map(&file), Err(MemoryError::ImageAlignment(0))));
         file.write_all(&[1; 4096]).unwrap();
         assert!(matches!(

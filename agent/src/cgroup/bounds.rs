@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use super::{CONTAINERS, Cgroup, CgroupError, MOUNT_POINT, write_existing};
+use crate::error::failed;
 
 /// How many processes and threads there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +52,7 @@ pub fn bound(cgroup: &Cgroup) -> Result<(), CgroupError> {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 log::info!("{} is not available", path.display());
             }
-            result => result.map_err(CgroupError::io("write", &path))?,
+            result => result.map_err(failed("write", &path))?,
         }
     }
     Ok(())

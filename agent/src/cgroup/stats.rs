@@ -5,6 +5,7 @@ use std::fs;
 use bulkhead_protocol::agent as proto;
 
 use super::{Cgroup, CgroupError};
+use crate::error::failed;
 
 /// Keys and numbers of a flat-keyed file.
 pub type KeyValues = Vec<(String, u64)>;
@@ -60,7 +61,7 @@ impl Stats {
     /// The group does not exist.
     pub fn read(cgroup: &Cgroup) -> Result<proto::ContainerStatsResponse, CgroupError> {
         let path = cgroup.file("cpu.stat");
-        let cpu = fs::read_to_string(&path).map_err(CgroupError::io("read", &path))?;
+        let cpu = fs::read_to_string(&path).map_err(failed("read", &path))?;
         let text = |name: &str| fs::read_to_string(cgroup.file(name)).unwrap_or_default();
         let map = |name: &str| key_values(&text(name)).into_iter().collect();
         Ok(proto::ContainerStatsResponse {

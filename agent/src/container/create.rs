@@ -7,25 +7,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent as proto;
-use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sys::stat::{SFlag, major, minor, stat};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxResources, Spec};
-use tokio::net::UnixListener;
+use oci_spec::runtime::Spec;
 use tokio::task::AbortHandle;
 
-use super::executor::ProgramExecutor;
 use super::spec::{Adapted, DeviceNode, Guest, adapt, valid_id};
 use super::{Container, Containers, Status};
-use crate::cgroup::{self, Cgroup, CgroupError, DeviceRules, Watch, attach_device_filter};
+use crate::cgroup::{Cgroup, CgroupError, DeviceRules, Watch};
 use crate::error::{Error, chain};
-use crate::fd::AsyncFile;
 use crate::job::{Job, JobError, Report, StatusPipe};
-use crate::resume::{self, boot_id};
-use crate::storage::{Plan, RUN, SHARED, disk};
-use crate::streams::{self, HostEnds, ProgramEnds, StreamError};
+use crate::storage::{Plan, RUN, disk};
+use crate::streams::{HostEnds, ProgramEnds};
+
+mod setup;
+mod stdio;
+
+use setup::{Setup, shared_sources};
 
 /// How long undoing it may take.
 pub(super) const REMOVE_LIMIT: Duration = Duration::from_secs(30);
@@ -155,29 +155,6 @@ impl Containers {
         Ok(pid)
     }
 
-    /// What a process's standard streams are made of.
-    pub(super) fn stdio(
-        &self,
-        host: HostEnds,
-        wanted: &proto::Streams,
-        user: (u32, u32),
-    ) -> Result<Stdio, Error> {
-        if wanted.terminal {
-            let console = Console::new(self.socket_path(), host, user.0, (wanted.width, wanted.height))?;
-            return Ok(Stdio {
-                program: None,
-                copies: None,
-                console: Some(console),
-            });
-        }
-        let (program, copies) = streams::pipes(host, user).map_err(Error::Streams)?;
-        Ok(Stdio {
-            program: Some(program),
-            copies: Some(copies),
-            console: None,
-        })
-    }
-
     /// Removes all traces of a container and forgets it; goes on after errors, which are logged.
     pub(super) async fn undo(&self, container: &Arc<Container>) {
         if container.cgroup.kill().is_ok()
@@ -257,79 +234,6 @@ fn remove_own_files(directory: &Path) -> std::io::Result<()> {
     }
 }
 
-/// The work of the helper that makes a container.
-struct Setup<'a> {
-    container: &'a Container,
-    bundle: &'a Path,
-    resources: &'a LinuxResources,
-    devices: Option<&'a DeviceRules>,
-    /// Paths in the shared tree that are mounted in the container.
-    shared: Vec<PathBuf>,
-}
-
-impl Setup<'_> {
-    fn run(
-        self,
-        program: Option<ProgramEnds>,
-        console: Option<PathBuf>,
-        status: &StatusPipe,
-    ) -> Result<(), String> {
-        resume::discard_held_back();
-        let cgroup = &self.container.cgroup;
-        cgroup
-            .create()
-            .and_then(|()| cgroup::bound(cgroup))
-            .and_then(|()| cgroup.apply(self.resources))
-            .map_err(|error| refusal(&error, status))?;
-        if let Some(rules) = self.devices {
-            attach_device_filter(cgroup.path(), rules).map_err(|error| chain(&error))?;
-        }
-        self.container.plan.mount().map_err(|error| chain(&error))?;
-        for source in &self.shared {
-            // A directory on which the host has mounted something becomes a file system of its own when it is entered.
-            // Entered here it is the same one, with the same locks and sockets, for all containers; entered first in a
-            // container's mount namespace it would be another one in each. A file has nothing to enter.
-            let _ = fs::metadata(source.join("."));
-        }
-        let executor = ProgramExecutor {
-            status: status.number(),
-            gate: None,
-            confinement: None,
-        };
-        let builder = with_streams(
-            builder(&self.container.id, &state_root(&self.container.directory))?,
-            program,
-        )
-        .with_executor(executor)
-        .with_console_socket(console);
-        let mut made = builder
-            .as_init(self.bundle)
-            .with_systemd(false)
-            .with_detach(true)
-            .as_sibling(true)
-            .build()
-            .map_err(|error| chain(&error))?;
-        let pid = made.pid().ok_or("libcontainer reported no process")?;
-        // Nobody but this agent reads the state; it saves the start from doing so.
-        made.set_status(ContainerStatus::Running)
-            .save()
-            .map_err(|error| chain(&error))?;
-        // Last: this process is in the container's mount namespace then.
-        boot_id::cover(pid).map_err(|error| format!("cannot give the container a boot id: {error}"))?;
-        status.send(&Report::Pid(pid.as_raw().unsigned_abs()));
-        Ok(())
-    }
-}
-
-/// What a specification mounts from the shared tree.
-fn shared_sources(spec: &Spec) -> Vec<PathBuf> {
-    let mounts = spec.mounts().iter().flatten();
-    mounts
-        .filter_map(|mount| mount.source().clone())
-        .filter(|source| source.starts_with(SHARED))
-        .collect()
-}
-
 /// The text of an error, reported as the host's mistake if it is.
 pub(super) fn refusal(error: &CgroupError, status: &StatusPipe) -> String {
     let text = chain(error);
@@ -375,63 +279,6 @@ pub(super) fn reported_pid(reports: &[Report]) -> Result<Pid, JobError> {
     });
     pid.map(Pid::from_raw)
         .ok_or_else(|| JobError::Failed("the helper reported no process".into()))
-}
-
-/// The parts of a process's standard streams.
-#[derive(Debug)]
-pub(super) struct Stdio {
-    /// For the program; the helper takes them.
-    pub program: Option<ProgramEnds>,
-    /// Copies between pipes and host.
-    pub copies: Option<streams::Copies>,
-    /// In place of both, with a terminal.
-    pub console: Option<Console>,
-}
-
-/// The socket over which libcontainer sends the master of a terminal it has made.
-#[derive(Debug)]
-pub(super) struct Console {
-    pub path: PathBuf,
-    listener: UnixListener,
-    host: HostEnds,
-    user: u32,
-    size: (u32, u32),
-}
-
-impl Console {
-    fn new(path: PathBuf, host: HostEnds, user: u32, size: (u32, u32)) -> Result<Self, Error> {
-        let listener = UnixListener::bind(&path).map_err(Error::io("cannot make the console socket"))?;
-        Ok(Self {
-            path,
-            listener,
-            host,
-            user,
-            size,
-        })
-    }
-
-    /// Receives the terminal and joins the host's streams to it.
-    pub(super) async fn finish(mut self, limit: Duration) -> Result<(AsyncFile, streams::Copies), Error> {
-        let fail = |source| Error::Streams(StreamError::Terminal(source));
-        let receive = async {
-            let (connection, _) = self.listener.accept().await.map_err(fail)?;
-            streams::receive_master(&connection).await.map_err(Error::Streams)
-        };
-        let master = match tokio::time::timeout(limit, receive).await {
-            Ok(master) => master?,
-            Err(_) => return Err(fail(nix::errno::Errno::ETIMEDOUT.into())),
-        };
-        let master = streams::prepare_master(master, self.user, self.size).map_err(Error::Streams)?;
-        let host = std::mem::take(&mut self.host);
-        let copies = streams::terminal(host, &master);
-        Ok((master, copies))
-    }
-}
-
-impl Drop for Console {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
 }
 
 /// Sets what a container's own namespaces would hold in the guest's.

@@ -19,7 +19,7 @@ use nix::mount::MsFlags;
 
 use super::SHARED;
 use super::mount::{self, MountError};
-use crate::error::Error;
+use crate::error::{Error, FileError, failed};
 
 /// Where the volumes are mounted.
 pub const VOLUMES: &str = "/run/bulkhead/volumes";
@@ -41,28 +41,11 @@ pub enum VolumeError {
     #[error(transparent)]
     Mount(#[from] MountError),
     /// A file or directory.
-    #[error("cannot {verb} {}", path.display())]
-    File {
-        /// What was tried.
-        verb: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The kernel has no pages of that size.
     #[error("the guest has no huge pages of {0} bytes")]
     PageSize(u64),
-}
-
-fn failed<E: Into<io::Error>>(verb: &'static str, path: &Path) -> impl FnOnce(E) -> VolumeError {
-    let path = path.to_owned();
-    move |source| VolumeError::File {
-        verb,
-        path,
-        source: source.into(),
-    }
 }
 
 /// A checked request to make a volume.
@@ -177,7 +160,7 @@ impl Create {
         if owned.is_err() {
             let _ = mount::unmount(&self.point);
         }
-        owned
+        Ok(owned?)
     }
 
     /// Mounts what is at `path` of another volume; directories that are missing are made. A container could put
@@ -212,7 +195,7 @@ impl Create {
             MsFlags::MS_BIND,
             None::<&str>,
         );
-        bound.map_err(failed("mount", &whole))
+        Ok(bound.map_err(failed("mount", &whole))?)
     }
 }
 
@@ -242,13 +225,13 @@ fn fd_path(fd: &OwnedFd) -> PathBuf {
     Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string())
 }
 
-fn own(path: &Path, uid: u32, gid: u32, mode: u32) -> Result<(), VolumeError> {
+fn own(path: &Path, uid: u32, gid: u32, mode: u32) -> Result<(), FileError> {
     chown(path, Some(uid), Some(gid))
         .and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
         .map_err(failed("give away", path))
 }
 
-fn make_point(point: &Path) -> Result<(), VolumeError> {
+fn make_point(point: &Path) -> Result<(), FileError> {
     fs::create_dir_all(point).map_err(failed("create", point))
 }
 
@@ -271,7 +254,7 @@ fn allow_huge_pages(size: u64) -> Result<(), VolumeError> {
     });
     let pages = kib.unwrap_or_default().checked_div(size >> 10);
     match (pages, limit.exists()) {
-        (Some(pages), true) => fs::write(&limit, pages.to_string()).map_err(failed("write", &limit)),
+        (Some(pages), true) => Ok(fs::write(&limit, pages.to_string()).map_err(failed("write", &limit))?),
         _ => Err(VolumeError::PageSize(size)),
     }
 }
@@ -312,7 +295,7 @@ impl Version {
     pub fn stage(&self, source: &Path) -> Result<(), VolumeError> {
         let target = self.volume.join(&self.name);
         remove_tree(&target)?;
-        copy_directory(&source.join(&self.name), &target, MAX_DEPTH)
+        Ok(copy_directory(&source.join(&self.name), &target, MAX_DEPTH)?)
     }
 
     /// Shows what was staged, and removes what was shown before.
@@ -349,14 +332,14 @@ impl Version {
     }
 }
 
-fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>, VolumeError> {
+fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>, FileError> {
     let entries = fs::read_dir(directory).map_err(failed("read", directory))?;
     let names: io::Result<Vec<_>> = entries.map(|entry| Ok(entry?.file_name())).collect();
     names.map_err(failed("read", directory))
 }
 
 /// Removes a file, link or directory; what is not there is fine.
-fn remove_tree(path: &Path) -> Result<(), VolumeError> {
+fn remove_tree(path: &Path) -> Result<(), FileError> {
     let removed = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),
@@ -369,7 +352,7 @@ fn remove_tree(path: &Path) -> Result<(), VolumeError> {
 }
 
 /// Copies a directory with owners and permissions: directories, files and links. Anything else is left out.
-fn copy_directory(from: &Path, to: &Path, depth: usize) -> Result<(), VolumeError> {
+fn copy_directory(from: &Path, to: &Path, depth: usize) -> Result<(), FileError> {
     if depth == 0 {
         return Err(failed("copy", from)(Errno::ELOOP));
     }
@@ -435,7 +418,7 @@ impl Remove {
                 first = first.and(unmounted);
             }
         }
-        first.and_then(|()| remove_tree(&self.point))
+        first.and_then(|()| Ok(remove_tree(&self.point)?))
     }
 }
 

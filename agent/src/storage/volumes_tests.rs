@@ -114,7 +114,7 @@ fn a_directory_of_a_volume_is_no_way_out() {
             },
         };
         let error = create.run().unwrap_err();
-        let VolumeError::File { source, .. } = error else {
+        let VolumeError::File(FileError { source, .. }) = error else {
             panic!("{error}")
         };
         assert_eq!(source.raw_os_error(), Some(libc::ELOOP), "{path}");

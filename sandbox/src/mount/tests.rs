@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::overlay::shorten_lower_dirs;
 use super::*;
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
-use super::{Demand, set};
+use super::demand::{Demand, set};
 
 /// containerd's, one for each number (since 1.6); zero says nothing.
 const CONTAINERD: &str = "io.kubernetes.cri.sandbox-";

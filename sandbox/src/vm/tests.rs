@@ -39,7 +39,7 @@ async fn a_wrong_answer_is_an_error() {
 
 #[tokio::test]
 async fn a_vmm_that_has_closed_its_socket_has_ended() {
-    let child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
     let (ours, theirs) = Channel::pair().unwrap();
     drop(theirs);
     let (commands, receiver) = mpsc::unbounded_channel();
@@ -67,4 +67,6 @@ async fn a_vmm_that_has_closed_its_socket_has_ended() {
     // Nobody is answered before it has been reaped.
     assert_eq!(actor.run().await.reason, "VMM killed by signal 9");
     assert!(answer.await.is_err());
+    let error = child.wait().unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ECHILD));
 }

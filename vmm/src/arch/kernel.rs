@@ -144,6 +144,8 @@ mod tests {
 
     use std::io::Write;
 
+    use vmm_sys_util::tempfile::TempFile;
+
     use super::*;
 
     fn memory(mib: u32) -> GuestMemory {
@@ -196,14 +198,7 @@ mod tests {
 
     #[test]
     fn image_that_is_not_elf_for_this_processor_is_refused() {
-        let path = std::env::temp_dir().join(format!("bulkhead-not-elf-{}", std::process::id()));
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let mut file = TempFile::new().unwrap().into_file();
         assert!(matches!(check(&file), Err(KernelError::NotElf)), "empty");
         let mut header = [0; 64];
         header[..6].copy_from_slice(b"\x7fELF\x02\x01");

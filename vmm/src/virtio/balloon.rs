@@ -8,7 +8,6 @@
 mod tests;
 
 use std::io;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -16,7 +15,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES, Segment};
-use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// The balloon gives way when the guest runs out of memory (virtio 1.2, 5.5.3).
@@ -51,14 +50,9 @@ pub struct Balloon {
     target: u32,
     /// Pages the guest says it gave up.
     actual: u32,
-    generation: u32,
-    active: Option<Active>,
-}
-
-#[derive(Debug)]
-struct Active {
+    changes: config::Changes,
+    /// Empty if the device is not active.
     queues: Vec<DeviceQueue>,
-    interrupt: Arc<Interrupt>,
 }
 
 /// What a snapshot keeps of a [`Balloon`].
@@ -85,12 +79,7 @@ impl Balloon {
     /// The guest cannot be interrupted.
     pub fn set_target_mib(&mut self, mib: u32) -> Result<(), DeviceError> {
         self.target = mib.saturating_mul(PAGES_PER_MIB);
-        self.generation = self.generation.wrapping_add(1);
-        match &self.active {
-            Some(active) => active.interrupt.config_change().map_err(DeviceError::Interrupt),
-            // The driver reads the target when it starts.
-            None => Ok(()),
-        }
+        self.changes.announce().map_err(DeviceError::Interrupt)
     }
 
     /// MiB the guest says it gave up, rounded down.
@@ -100,11 +89,10 @@ impl Balloon {
 
     /// State for a snapshot.
     pub fn save(&self) -> BalloonState {
-        let queues = self.active.iter().flat_map(|active| &active.queues);
         BalloonState {
             target: self.target,
             actual: self.actual,
-            queues: queues.map(DeviceQueue::save).collect(),
+            queues: self.queues.iter().map(DeviceQueue::save).collect(),
         }
     }
 }
@@ -141,27 +129,23 @@ impl VirtioDevice for Balloon {
     }
 
     fn config_generation(&self) -> u32 {
-        self.generation
+        self.changes.generation()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let interrupt = activation.interrupt.clone();
-        let queues = DeviceQueue::from_activation(activation);
-        self.active = Some(Active { queues, interrupt });
+        self.changes.activate(&activation.interrupt);
+        self.queues = DeviceQueue::from_activation(activation);
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        self.changes.reset();
+        self.queues.clear();
         self.actual = 0;
     }
 
     fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError> {
-        let Some(queue) = self
-            .active
-            .as_mut()
-            .and_then(|active| active.queues.get_mut(index))
-        else {
+        let Some(queue) = self.queues.get_mut(index) else {
             return Ok(Turn::Done);
         };
         queue.serve(BUDGET, |memory, chain| {

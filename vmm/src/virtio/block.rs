@@ -8,8 +8,6 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-
 pub use disk::{DiskError, DiskImage, SECTOR_SIZE};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
@@ -20,7 +18,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 
 const QUEUE_SIZES: &[u16] = &[128];
 
@@ -62,14 +60,8 @@ pub struct Block {
     name: String,
     slot: u32,
     disk: Option<DiskImage>,
-    generation: u32,
-    active: Option<Active>,
-}
-
-#[derive(Debug)]
-struct Active {
-    queue: DeviceQueue,
-    interrupt: Arc<Interrupt>,
+    changes: config::Changes,
+    queue: Option<DeviceQueue>,
 }
 
 /// What a snapshot keeps of a [`Block`]; the disk's files are given again at restore.
@@ -94,8 +86,8 @@ impl Block {
             name: format!("blk{slot}"),
             slot,
             disk,
-            generation: 0,
-            active: None,
+            changes: config::Changes::default(),
+            queue: None,
         }
     }
 
@@ -128,7 +120,7 @@ impl Block {
             slot: self.slot,
             sectors: self.sectors(),
             read_only: self.disk.as_ref().is_some_and(DiskImage::read_only),
-            queue: self.active.as_ref().map(|active| active.queue.save()),
+            queue: self.queue.as_ref().map(DeviceQueue::save),
         }
     }
 
@@ -137,12 +129,7 @@ impl Block {
     }
 
     fn capacity_changed(&mut self) -> Result<(), SlotError> {
-        self.generation = self.generation.wrapping_add(1);
-        match &self.active {
-            Some(active) => active.interrupt.config_change().map_err(SlotError::Notify),
-            // The driver reads the capacity when it starts.
-            None => Ok(()),
-        }
+        self.changes.announce().map_err(SlotError::Notify)
     }
 }
 
@@ -195,22 +182,22 @@ impl VirtioDevice for Block {
     }
 
     fn config_generation(&self) -> u32 {
-        self.generation
+        self.changes.generation()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let interrupt = activation.interrupt.clone();
-        let queue = DeviceQueue::from_activation(activation).pop();
-        self.active = queue.map(|queue| Active { queue, interrupt });
+        self.changes.activate(&activation.interrupt);
+        self.queue = DeviceQueue::from_activation(activation).pop();
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        self.changes.reset();
+        self.queue = None;
     }
 
     fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
-        let Some(Active { queue, .. }) = &mut self.active else {
+        let Some(queue) = &mut self.queue else {
             return Ok(Turn::Done);
         };
         queue.serve(BUDGET, |memory, chain| {

@@ -1,5 +1,51 @@
 //! Device configuration space (virtio 1.2, 2.5).
 
+use std::io;
+use std::sync::Arc;
+
+use super::interrupt::Interrupt;
+
+/// Changes of a configuration space that a driver hears of.
+#[derive(Debug, Default)]
+pub struct Changes {
+    generation: u32,
+    /// Of the driver, if there is one.
+    pub(super) interrupt: Option<Arc<Interrupt>>,
+}
+
+impl Changes {
+    /// A driver is there from now on.
+    pub fn activate(&mut self, interrupt: &Arc<Interrupt>) {
+        self.interrupt = Some(Arc::clone(interrupt));
+    }
+
+    /// The driver is gone.
+    pub fn reset(&mut self) {
+        self.interrupt = None;
+    }
+
+    /// A number that differs when the space has changed between two reads of it.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The space has changed, as its driver knows.
+    pub fn count(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// The space has changed: the driver is told. One that starts later reads it then.
+    ///
+    /// # Errors
+    /// The guest cannot be interrupted.
+    pub fn announce(&mut self) -> io::Result<()> {
+        self.count();
+        self.interrupt
+            .as_ref()
+            .map_or(Ok(()), |interrupt| interrupt.config_change())
+    }
+}
+
 /// Copies the bytes at `offset` of a configuration space to `data`; those beyond its end read as zero.
 pub fn read(space: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);

@@ -11,15 +11,13 @@
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::balloon::discard;
 use super::queue::{Chain, DeviceQueue, DeviceQueueState, RING_FEATURES};
-use super::{Activation, DeviceError, DeviceState, Interrupt, RestoreError, Turn, VirtioDevice, config};
+use super::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 use crate::memory::GuestMemory;
 
 /// Bytes of a block, the unit of plugging: a huge page, so that giving one back never splits one.
@@ -67,14 +65,8 @@ pub struct Mem {
     requested: u64,
     /// Bytes it has plugged.
     plugged: u64,
-    generation: u32,
-    active: Option<Active>,
-}
-
-#[derive(Debug)]
-struct Active {
-    queue: DeviceQueue,
-    interrupt: Arc<Interrupt>,
+    changes: config::Changes,
+    queue: Option<DeviceQueue>,
 }
 
 /// What a snapshot keeps of a [`Mem`].
@@ -108,8 +100,8 @@ impl Mem {
             usable: 0,
             requested: 0,
             plugged: 0,
-            generation: 0,
-            active: None,
+            changes: config::Changes::default(),
+            queue: None,
         }
     }
 
@@ -136,12 +128,7 @@ impl Mem {
     pub fn request(&mut self, requested: u64, usable: u64) -> Result<(), DeviceError> {
         self.usable = self.usable.max(usable.min(self.size()));
         self.requested = requested.min(self.usable) / BLOCK_SIZE * BLOCK_SIZE;
-        self.generation = self.generation.wrapping_add(1);
-        match &self.active {
-            Some(active) => active.interrupt.config_change().map_err(DeviceError::Interrupt),
-            // The driver reads the request when it starts.
-            None => Ok(()),
-        }
+        self.changes.announce().map_err(DeviceError::Interrupt)
     }
 
     /// State for a snapshot.
@@ -159,7 +146,7 @@ impl Mem {
             usable: self.usable,
             requested: self.requested,
             plugged,
-            queue: self.active.as_ref().map(|active| active.queue.save()),
+            queue: self.queue.as_ref().map(DeviceQueue::save),
         }
     }
 
@@ -179,7 +166,7 @@ impl Mem {
             UNPLUG_ALL => {
                 let len = self.blocks.len();
                 self.discard(memory, 0..len)?;
-                self.generation = self.generation.wrapping_add(1);
+                self.changes.count();
                 (ACK, 0)
             }
             STATE => match self.find(address, count, self.size()) {
@@ -312,26 +299,26 @@ impl VirtioDevice for Mem {
     }
 
     fn config_generation(&self) -> u32 {
-        self.generation
+        self.changes.generation()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let interrupt = activation.interrupt.clone();
-        let queue = DeviceQueue::from_activation(activation).pop();
-        self.active = queue.map(|queue| Active { queue, interrupt });
+        self.changes.activate(&activation.interrupt);
+        self.queue = DeviceQueue::from_activation(activation).pop();
         Ok(())
     }
 
     /// Blocks stay plugged: virtio 1.2, 5.15.5.1.
     fn reset(&mut self) {
-        self.active = None;
+        self.changes.reset();
+        self.queue = None;
     }
 
     fn process_queue(&mut self, _index: usize) -> Result<Turn, DeviceError> {
-        let Some(mut active) = self.active.take() else {
+        let Some(mut queue) = self.queue.take() else {
             return Ok(Turn::Done);
         };
-        let result = active.queue.serve(BUDGET, |memory, chain| {
+        let result = queue.serve(BUDGET, |memory, chain| {
             let request = read_request(memory, chain)?;
             let (kind, state) = self.perform(memory, request)?;
             let mut response = [0; RESPONSE_SIZE];
@@ -340,7 +327,7 @@ impl VirtioDevice for Mem {
             chain.write_at(memory, 0, &response)?;
             Ok(RESPONSE_SIZE as u32)
         });
-        self.active = Some(active);
+        self.queue = Some(queue);
         result
     }
 

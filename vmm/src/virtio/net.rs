@@ -9,6 +9,7 @@
 //! takes it when it is told to look again.
 
 mod device;
+mod frames;
 mod tap;
 #[cfg(test)]
 mod tests;

@@ -115,7 +115,7 @@ fn malformed_requests_stop_the_device() {
 #[test]
 fn the_target_is_in_the_configuration_and_interrupts() {
     let mut guest = guest();
-    let interrupt = guest.balloon.active.as_ref().unwrap().interrupt.clone();
+    let interrupt = guest.balloon.changes.interrupt.clone().unwrap();
     guest.balloon.set_target_mib(3).unwrap();
     assert_eq!(interrupt.status(), 2);
     assert_eq!(guest.balloon.config_generation(), 1);

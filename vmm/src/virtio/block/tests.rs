@@ -277,7 +277,7 @@ fn unknown_types_are_unsupported() {
 #[test]
 fn a_disk_comes_and_goes() {
     let mut guest = guest(None);
-    let interrupt = guest.block.active.as_ref().unwrap().interrupt.clone();
+    let interrupt = guest.block.changes.interrupt.clone().unwrap();
     assert_eq!(guest.config_u64(0), 0);
     assert_eq!(guest.request(IN, 0, &[], 512).0, IOERR);
     assert_eq!(guest.request(FLUSH, 0, &[], 0).0, IOERR);

@@ -180,7 +180,7 @@ fn malformed_requests_stop_the_device() {
 #[test]
 fn the_configuration_tells_the_sizes_and_interrupts() {
     let mut guest = guest(4, 2);
-    let interrupt = guest.mem.active.as_ref().unwrap().interrupt.clone();
+    let interrupt = guest.mem.changes.interrupt.clone().unwrap();
     assert_eq!(interrupt.status(), 2);
     assert_eq!(guest.ask(PLUG, 0, 1), (ACK, 0));
     let fields: Vec<u64> = (0..8).map(|field| guest.config(field)).collect();

@@ -12,6 +12,21 @@ fn tree() -> TempDir {
     tree
 }
 
+/// A guest that has mounted such a tree.
+fn mounted() -> Guest {
+    let tree = tree();
+    let root = tree.as_path().to_owned();
+    let mut guest = guest_of(tree, &root);
+    guest.init();
+    guest
+}
+
+/// Node of the file below the directory.
+fn find_kept(guest: &mut Guest) -> u64 {
+    let below = guest.node(ROOT, "below");
+    guest.node(below, "kept")
+}
+
 fn go_on(tree: TempDir, state: &DeviceState) -> Guest {
     let root = tree.as_path().to_owned();
     guest_with(tree, &root, Some(state))
@@ -24,12 +39,9 @@ fn paused(guest: &mut Guest) -> DeviceState {
 
 #[test]
 fn files_that_the_guest_knows_are_those_of_the_same_name() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
-    let below = u64_at(&guest.lookup(ROOT, "below"), 0);
-    let kept = u64_at(&guest.lookup(below, "kept"), 0);
+    let mut guest = mounted();
+    let below = guest.node(ROOT, "below");
+    let kept = guest.node(below, "kept");
     let handle = guest.open(kept);
     assert_eq!(guest.read(kept, handle, 2, 3).1, b"234");
     let state = paused(&mut guest);
@@ -44,7 +56,7 @@ fn files_that_the_guest_knows_are_those_of_the_same_name() {
     let attributes = guest.ask(GETATTR, below, &[0; 16]);
     assert_ne!(u32_at(&attributes, 76) & libc::S_IFDIR, 0);
     // Ids of its own life do not meet those of the old one.
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let beside = guest.node(ROOT, "beside");
     assert!(beside > kept, "{beside} {kept}");
     let another = guest.open(beside);
     assert_ne!(another, handle);
@@ -80,10 +92,9 @@ fn files_are_found_where_the_tree_is_the_root_directory() {
     let root = tree_of_first.as_path().to_owned();
     let mut guest = in_root(tree_of_first, None);
     guest.init();
-    let below = u64_at(&guest.lookup(ROOT, "below"), 0);
-    let kept = u64_at(&guest.lookup(below, "kept"), 0);
+    let kept = find_kept(&mut guest);
     let handle = guest.open(kept);
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let beside = guest.node(ROOT, "beside");
     // Moved out of the tree: there is no name for it any more.
     let outside = tree();
     std::fs::rename(root.join("beside"), outside.as_path().join("beside")).unwrap();
@@ -96,14 +107,11 @@ fn files_are_found_where_the_tree_is_the_root_directory() {
 
 #[test]
 fn a_file_without_a_name_is_an_error_of_its_own() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let mut guest = mounted();
+    let root = guest.directory.as_path().to_owned();
+    let beside = guest.node(ROOT, "beside");
     let lost = guest.open(beside);
-    let below = u64_at(&guest.lookup(ROOT, "below"), 0);
-    let kept = u64_at(&guest.lookup(below, "kept"), 0);
+    let kept = find_kept(&mut guest);
     let handle = guest.open(kept);
     std::fs::remove_file(root.join("beside")).unwrap();
     let state = paused(&mut guest);
@@ -117,11 +125,8 @@ fn a_file_without_a_name_is_an_error_of_its_own() {
 
 #[test]
 fn a_file_that_the_other_tree_does_not_have_is_an_error_of_its_own() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let mut guest = mounted();
+    let beside = guest.node(ROOT, "beside");
     let handle = guest.open(beside);
     let state = paused(&mut guest);
     let other = tree();
@@ -155,7 +160,7 @@ fn of_a_tree_that_was_only_mounted_the_root_is_known() {
         let mut clone = go_on(tree(), &state);
         let attributes = clone.ask(GETATTR, ROOT, &[0; 16]);
         assert_eq!(u32_at(&attributes, 76) & libc::S_IFMT, libc::S_IFDIR);
-        let beside = u64_at(&clone.lookup(ROOT, "beside"), 0);
+        let beside = clone.node(ROOT, "beside");
         let handle = clone.open(beside);
         assert_eq!(clone.read(beside, handle, 0, 3).1, b"abc");
     }
@@ -195,10 +200,8 @@ fn flags_of(path: &Path) -> i32 {
 
 #[test]
 fn open_files_are_opened_as_they_were() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
+    let mut guest = mounted();
+    let root = guest.directory.as_path().to_owned();
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_APPEND | libc::O_DIRECT;
     let mut create = words(&[flags as u32, libc::S_IFREG | 0o640, 0, 0]);
     create.extend(b"log\0");
@@ -225,11 +228,9 @@ fn open_files_are_opened_as_they_were() {
 
 #[test]
 fn a_file_that_lost_the_name_it_was_found_by_is_found_by_another() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let mut guest = mounted();
+    let root = guest.directory.as_path().to_owned();
+    let beside = guest.node(ROOT, "beside");
     let handle = guest.open(beside);
     std::fs::hard_link(root.join("beside"), root.join("below/another")).unwrap();
     std::fs::remove_file(root.join("beside")).unwrap();
@@ -245,19 +246,14 @@ fn a_file_that_lost_the_name_it_was_found_by_is_found_by_another() {
 
 #[test]
 fn files_that_were_renamed_forgotten_and_closed_are_kept_as_they_are_now() {
-    let tree_of_first = tree();
-    let root = tree_of_first.as_path().to_owned();
-    let mut guest = guest_of(tree_of_first, &root);
-    guest.init();
-    let beside = u64_at(&guest.lookup(ROOT, "beside"), 0);
+    let mut guest = mounted();
+    let root = guest.directory.as_path().to_owned();
+    let beside = guest.node(ROOT, "beside");
     let handle = guest.open(beside);
     // The guest has forgotten the directory by which it found the file, which a kernel does not do.
-    let below = u64_at(&guest.lookup(ROOT, "below"), 0);
-    let kept = u64_at(&guest.lookup(below, "kept"), 0);
-    let message = guest.message(FORGET, below, &1u64.to_le_bytes());
-    guest.memory.write_slice(&message, GuestAddress(BUFFERS)).unwrap();
-    guest.queues[0].add(&[(BUFFERS, message.len() as u32, false)]);
-    guest.kick(0);
+    let below = guest.node(ROOT, "below");
+    let kept = guest.node(below, "kept");
+    guest.forget(below);
     std::fs::rename(root.join("beside"), root.join("below/moved")).unwrap();
     let release = [&handle.to_le_bytes()[..], &[0; 16]].concat();
     guest.ask(RELEASE, beside, &release);
