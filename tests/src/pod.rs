@@ -14,11 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use bulkhead_containerd::grpc::Status;
+
 use crate::config::config;
 use crate::cri::api::*;
 use crate::cri::{self, Client};
 use crate::fixture::{Fixture, wait_until};
-use crate::grpc::Status;
 use crate::image::PROBE_IMAGE;
 use crate::log;
 use crate::stream::Stream;
