@@ -382,7 +382,7 @@ impl TaskService for Service {
                 .map_err(|error| from_sandbox(&error))?;
         }
         sandbox
-            .checkpoint(&path)
+            .checkpoint(&path, self.pod.origin.clone())
             .await
             .map_err(|error| from_sandbox(&error))?;
         if options.exit {
