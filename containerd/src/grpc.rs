@@ -43,11 +43,10 @@ fn broken(error: impl fmt::Display) -> Status {
 }
 
 /// Calls `method`, such as `runtime.v1.RuntimeService/Version`, in the containerd namespace `namespace`, if the service has
-/// those. Each call has its own connection, so that calls from several threads do not wait for each other and none outlives
-/// a server that is started anew.
+/// those.
 ///
 /// # Errors
-/// What the server answers instead; [`DEADLINE_EXCEEDED`] when there is no answer within `limit`.
+/// As [`call_bytes`].
 pub fn call<A: Message>(
     socket: &Path,
     method: &str,
@@ -55,13 +54,38 @@ pub fn call<A: Message>(
     request: &impl Message,
     limit: Duration,
 ) -> Result<A, Status> {
-    let message = request.write_to_bytes().map_err(broken)?;
+    typed(request, |message| {
+        call_bytes(socket, method, namespace, message, limit)
+    })
+}
+
+/// A call of messages by one of their bytes.
+pub(crate) fn typed<A: Message>(
+    request: &impl Message,
+    call: impl FnOnce(Vec<u8>) -> Result<Vec<u8>, Status>,
+) -> Result<A, Status> {
+    let answer = call(request.write_to_bytes().map_err(broken)?)?;
+    A::parse_from_bytes(&answer).map_err(broken)
+}
+
+/// Calls a method with a message's bytes; gives those of the answer. Each call has its own connection, so that calls from
+/// several threads do not wait for each other and none outlives a server that is started anew.
+///
+/// # Errors
+/// What the server answers instead; [`DEADLINE_EXCEEDED`] when there is no answer within `limit`.
+pub fn call_bytes(
+    socket: &Path,
+    method: &str,
+    namespace: Option<&str>,
+    message: Vec<u8>,
+    limit: Duration,
+) -> Result<Vec<u8>, Status> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()
         .map_err(broken)?;
-    let answer = runtime.block_on(async {
+    runtime.block_on(async {
         let exchange = exchange(socket, method, namespace, message);
         tokio::time::timeout(limit, exchange).await.unwrap_or_else(|_| {
             Err(Status {
@@ -69,8 +93,7 @@ pub fn call<A: Message>(
                 message: format!("{method} gave no answer in {limit:?}"),
             })
         })
-    })?;
-    A::parse_from_bytes(&answer).map_err(broken)
+    })
 }
 
 async fn exchange(
