@@ -12,7 +12,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
-pub use plan::{Wanted, new_id, plan, refuse};
+pub use plan::{Wanted, new_id, plan, refuse, suffix};
 
 /// A container that is to be made.
 #[derive(Clone, Debug)]

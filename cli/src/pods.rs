@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use bulkhead_sandbox::snapshot::{ORIGIN, Origin};
 
 /// File of a pod's state with the address of its shim.
 pub const ADDRESS: &str = "address";
@@ -61,6 +62,21 @@ pub struct Pod {
     pub id: String,
     /// Address of its shim.
     pub address: String,
+    /// Its state directory.
+    directory: PathBuf,
+}
+
+impl Pod {
+    /// Who has made it.
+    ///
+    /// # Errors
+    /// The file that says so cannot be used.
+    pub fn origin(&self) -> anyhow::Result<Origin> {
+        let path = self.directory.join(ORIGIN);
+        let failed = || format!("Cannot tell from {} who has made pod {}", path.display(), self.id);
+        let json = fs::read(&path).with_context(failed)?;
+        serde_json::from_slice(&json).with_context(failed)
+    }
 }
 
 /// The pod whose id is `pod` or, if there is one only, begins with it.
@@ -71,7 +87,12 @@ pub fn find(pod: &str, state_dir: &Path) -> anyhow::Result<Pod> {
     let (id, path) = choose(pod, with_file(pod, state_dir, ADDRESS)?, state_dir)?;
     let address = fs::read_to_string(&path)
         .with_context(|| format!("Cannot read the address of pod {id} in {}", path.display()))?;
-    Ok(Pod { id, address })
+    let directory = path.parent().unwrap_or(state_dir).to_owned();
+    Ok(Pod {
+        id,
+        address,
+        directory,
+    })
 }
 
 /// Names in a directory, sorted; none if it does not exist.
@@ -116,9 +137,23 @@ mod tests {
             Pod {
                 id: "a".to_owned(),
                 address: "unix:///a".to_owned(),
+                directory: state.join("a.1"),
             }
         );
         assert_eq!(found("abc").address, "unix:///abc");
+        let unknown = found("a").origin().unwrap_err();
+        assert!(unknown.to_string().contains("a.1/origin.json"), "{unknown}");
+        let origin = Origin {
+            manager: "/run/c.sock".into(),
+            namespace: "n".to_owned(),
+            pod: "a".to_owned(),
+        };
+        fs::write(
+            state.join("a.1").join(ORIGIN),
+            serde_json::to_vec(&origin).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(found("a").origin().unwrap(), origin);
         fs::remove_dir_all(state.join("a.1")).unwrap();
         let several = find("a", &state).unwrap_err().to_string();
         assert!(
