@@ -187,10 +187,9 @@ fn remove_task(client: &Client, planned: &Planned) -> Result<(), Status> {
         all: true,
         ..Signal::default()
     };
-    // One that has ended already cannot be killed.
-    if client.kill(&signal).is_ok() {
-        client.wait(&planned.process())?;
-    }
+    // One that has ended already, or whose VM has, cannot be killed. What counts is whether it can be deleted.
+    let _ = client.kill(&signal);
+    let _ = client.wait(&planned.process());
     let task = TaskId {
         container_id: planned.id().to_owned(),
         ..TaskId::default()

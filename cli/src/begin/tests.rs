@@ -121,7 +121,7 @@ fn a_container_that_was_there_before_is_left_alone() {
 fn what_cannot_be_removed_is_named_and_what_is_gone_is_not() {
     let (client, _) = fake::client(|note| match note.split(' ').next().unwrap() {
         "Tasks/Start" => Err(refusal("it has ended")),
-        "Tasks/Kill" | "Tasks/Delete" => Err(not_found()),
+        "Tasks/Kill" | "Tasks/Wait" | "Tasks/Delete" => Err(not_found()),
         "Snapshots/Remove" => Err(refusal("busy")),
         _ => Ok(None),
     });
