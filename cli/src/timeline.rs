@@ -75,27 +75,7 @@ fn find(pod: &str, state_dir: &Path, timeline_dir: Option<&Path>) -> anyhow::Res
             }
         }
     }
-    if found.iter().any(|(id, _)| id == pod) {
-        found.retain(|(id, _)| id == pod);
-    }
-    match found.as_slice() {
-        [] => bail!(
-            "No pod of {} has an id that begins with {pod}",
-            state_dir.display()
-        ),
-        [(_, path)] => Ok(path.clone()),
-        // Two namespaces can have a pod of the same id.
-        several => {
-            let paths: Vec<_> = several
-                .iter()
-                .map(|(_, path)| path.display().to_string())
-                .collect();
-            bail!(
-                "{pod} is the beginning of several; name one with --file:\n{}",
-                paths.join("\n")
-            )
-        }
-    }
+    Ok(pods::choose(pod, found, state_dir)?.1)
 }
 
 #[cfg(test)]

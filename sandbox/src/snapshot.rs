@@ -5,7 +5,6 @@
 //! without one is no snapshot. Nothing in it changes later, so that any number of pods can begin from it at once.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::Kind;
@@ -18,10 +17,15 @@ mod manifest;
 mod tests;
 
 pub use copy::{CopyError, disk as copy_disk, tree as copy_tree};
-pub use manifest::{Machine, Manifest, SavedContainer, SavedDisk, SavedRoot, SavedVolume, SavedVolumeKind};
+pub use manifest::{
+    Machine, Manifest, Origin, SavedContainer, SavedDisk, SavedRoot, SavedVolume, SavedVolumeKind,
+};
 
 /// Annotation of a sandbox, or of a stand-alone container, that names the snapshot it begins from.
 pub const ANNOTATION: &str = "dev.bulkhead.snapshot";
+
+/// File of a running pod's state directory with its [`Origin`], in JSON.
+pub const ORIGIN: &str = "origin.json";
 
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -221,19 +225,7 @@ impl Snapshot {
     pub fn open(store: &Path, name: &str, namespace: &str, image: &Path) -> Result<Self, SnapshotError> {
         check_name(name)?;
         let directory = store.join(name);
-        let path = directory.join(MANIFEST);
-        let file = File::open(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => SnapshotError::None(directory.clone()),
-            _ => failed("open", &path)(error).into(),
-        })?;
-        check_owner(store)?;
-        check_owner(&directory)?;
-        let mut json = Vec::new();
-        file.take(LONGEST)
-            .read_to_end(&mut json)
-            .map_err(failed("read", &path))?;
-        let manifest: Manifest =
-            serde_json::from_slice(&json).map_err(|error| SnapshotError::Manifest(path.clone(), error))?;
+        let manifest = Manifest::read(store, &directory)?;
         manifest.check(namespace, image)?;
         let open = |name| private::open(&directory.join(name));
         Ok(Self {

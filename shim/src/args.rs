@@ -1,5 +1,7 @@
 //! The command line containerd gives a shim: Go's flag package, options first, the action last.
 
+use bulkhead_sandbox::snapshot::Origin;
+
 /// What the shim is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -28,6 +30,18 @@ pub struct Args {
     pub bundle: String,
     /// Whether containerd logs debug messages.
     pub debug: bool,
+}
+
+impl Args {
+    /// Who asks for the sandbox of this id.
+    #[must_use]
+    pub fn origin(&self) -> Origin {
+        Origin {
+            manager: self.address.clone().into(),
+            namespace: self.namespace.clone(),
+            pod: self.id.clone(),
+        }
+    }
 }
 
 /// Why the command line is refused.
@@ -138,6 +152,11 @@ mod tests {
         assert_eq!(args.action, Action::Start);
         assert_eq!((args.namespace.as_str(), args.id.as_str()), ("k8s.io", "x"));
         assert_eq!(args.address, "/run/c.sock");
+        let origin = serde_json::to_string(&args.origin()).unwrap();
+        assert_eq!(
+            origin,
+            r#"{"manager":"/run/c.sock","namespace":"k8s.io","pod":"x"}"#
+        );
         assert!(args.debug);
         let args = run("-namespace n -address a -publish-binary b -id x -bundle /b delete").unwrap();
         assert_eq!(

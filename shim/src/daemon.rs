@@ -199,7 +199,7 @@ async fn serve(daemon: Daemon, entered: Result<GuestNetwork, Error>) -> i32 {
         timeline,
         home_cgroup,
     };
-    let pod = Arc::new(Pod::new(args.id.clone(), args.namespace, tasks, publisher, parts));
+    let pod = Arc::new(Pod::new(args.origin(), tasks, publisher, parts));
     let first = match (first, entered) {
         (Some(first), entered) => {
             let (network, refusal) = match entered {

@@ -10,7 +10,7 @@ use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{Entry, Journal};
 use bulkhead_sandbox::network::GuestNetwork;
 use bulkhead_sandbox::resources::Demand;
-use bulkhead_sandbox::snapshot::{ANNOTATION, Snapshot, SnapshotError};
+use bulkhead_sandbox::snapshot::{ANNOTATION, Origin, Snapshot, SnapshotError};
 use bulkhead_sandbox::spec;
 use bulkhead_sandbox::timeline::Timeline;
 use bulkhead_sandbox::{Error, Role, Sandbox, SandboxOptions};
@@ -70,6 +70,8 @@ pub struct Pod {
     pub id: String,
     /// containerd namespace.
     pub namespace: String,
+    /// Who has made it.
+    pub origin: Origin,
     /// Tasks by container id.
     pub tasks: Tasks,
     /// Sends events.
@@ -83,10 +85,11 @@ pub struct Pod {
 impl Pod {
     /// A pod without a sandbox.
     #[must_use]
-    pub fn new(id: String, namespace: String, tasks: Tasks, publisher: Arc<Publisher>, parts: Parts) -> Self {
+    pub fn new(origin: Origin, tasks: Tasks, publisher: Arc<Publisher>, parts: Parts) -> Self {
         Self {
-            id,
-            namespace,
+            id: origin.pod.clone(),
+            namespace: origin.namespace.clone(),
+            origin,
             tasks,
             publisher,
             shutdown: Notify::new(),

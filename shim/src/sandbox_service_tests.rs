@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use bulkhead_sandbox::config::Configuration;
 use bulkhead_sandbox::journal::Journal;
+use bulkhead_sandbox::snapshot::Origin;
 use bulkhead_sandbox::spec::SpecError;
 use bulkhead_sandbox::timeline::Timeline;
 use protobuf::well_known_types::any::Any;
@@ -31,7 +32,12 @@ impl Fixture {
         };
         let tasks = Tasks::default();
         let publisher = Publisher::start(None, "ns".into(), Arc::clone(&tasks));
-        let pod = Pod::new("pod".into(), "ns".into(), tasks, publisher, parts);
+        let origin = Origin {
+            manager: "/run/containerd.sock".into(),
+            namespace: "ns".into(),
+            pod: "pod".into(),
+        };
+        let pod = Pod::new(origin, tasks, publisher, parts);
         Self {
             service: Service::new(Arc::new(pod), directory.clone()),
             directory,

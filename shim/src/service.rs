@@ -293,7 +293,10 @@ impl TaskService for Service {
         if request.id != self.pod.id {
             sandbox.state(&request.id, "").map_err(from_sandbox)?;
         }
-        sandbox.checkpoint(&path).await.map_err(from_sandbox)?;
+        sandbox
+            .checkpoint(&path, self.pod.origin.clone())
+            .await
+            .map_err(from_sandbox)?;
         if options.exit {
             let kill = libc::SIGKILL.unsigned_abs();
             sandbox

@@ -12,6 +12,7 @@ use bulkhead_sandbox::cgroup::{self, Cgroup, CgroupError};
 use bulkhead_sandbox::config::{ConfigError, Configuration};
 use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{self, Entry, Journal, JournalError};
+use bulkhead_sandbox::snapshot::ORIGIN;
 use bulkhead_sandbox::spec::{self, NetworkNamespace, SpecError};
 use bulkhead_sandbox::{Role, spawn, timeline};
 use nix::errno::Errno;
@@ -133,6 +134,10 @@ pub fn run(args: &Args) -> Result<String, StartError> {
     let made = make_server(task.as_ref(), &args.id, &place, &journal).and_then(|made| {
         // For the command line.
         write(&state_dir.join("address"), place.address().as_bytes())?;
+        let file = state_dir.join(ORIGIN);
+        let origin = serde_json::to_vec(&args.origin())
+            .map_err(|error| StartError::Write(file.clone(), error.into()))?;
+        write(&file, &origin)?;
         step(Step::ServerForked, StartError::Input)?;
         Ok(made)
     });

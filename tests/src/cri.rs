@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bulkhead_containerd::grpc::{self, Status};
+
 use crate::config::config;
-use crate::grpc::{self, Status};
 
 /// The interface's messages, version v1. See `proto/cri.proto`.
 #[allow(
@@ -39,7 +40,7 @@ macro_rules! calls {
                 /// # Errors
                 /// The runtime's refusal.
                 pub fn $name(&self, request: &$request) -> Result<$answer, Status> {
-                    grpc::call(&self.socket, concat!("runtime.v1.", $method), request, config().seconds(LIMIT))
+                    grpc::call(&self.socket, concat!("runtime.v1.", $method), None, request, config().seconds(LIMIT))
                 }
             )*
         }
@@ -118,7 +119,13 @@ impl Client {
         request: &ExecSyncRequest,
         limit: Duration,
     ) -> Result<ExecSyncResponse, Status> {
-        grpc::call(&self.socket, "runtime.v1.RuntimeService/ExecSync", request, limit)
+        grpc::call(
+            &self.socket,
+            "runtime.v1.RuntimeService/ExecSync",
+            None,
+            request,
+            limit,
+        )
     }
 
     /// Whether CRI knows an image of this name.

@@ -8,7 +8,6 @@ pub mod config;
 pub mod containerd;
 pub mod cri;
 pub mod fixture;
-pub mod grpc;
 pub mod host;
 pub mod image;
 pub mod leak;

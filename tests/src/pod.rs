@@ -12,11 +12,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use bulkhead_containerd::grpc::Status;
+
 use crate::config::config;
 use crate::cri::api::*;
 use crate::cri::{self, Client};
 use crate::fixture::{Fixture, wait_until};
-use crate::grpc::Status;
 use crate::image::PROBE_IMAGE;
 use crate::stream::Stream;
 

@@ -278,7 +278,7 @@ mod tests {
         let parts = data(&file, 0, 64 << 20).unwrap();
         assert_eq!(parts, [0..12288, 32 << 20..(32 << 20) + 4096]);
         let part = data(&file, 4096, 32 << 20).unwrap();
-        assert_eq!(part, [8192..12288]);
+        assert!(part.into_iter().eq([(8192, 12288)].map(|(from, to)| from..to)));
         let memory = map_file(64, &file).unwrap();
         let value = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
         assert_eq!([0, 4096, 8192, 1 << 20, 32 << 20].map(value), [1, 0, 2, 0, 3]);

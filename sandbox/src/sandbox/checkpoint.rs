@@ -8,8 +8,8 @@ use super::*;
 use crate::error::chain;
 use crate::limits;
 use crate::snapshot::{
-    self, Machine, Making, Manifest, SavedContainer, SavedDisk, SavedRoot, SavedVolume, SavedVolumeKind,
-    SnapshotError,
+    self, Machine, Making, Manifest, Origin, SavedContainer, SavedDisk, SavedRoot, SavedVolume,
+    SavedVolumeKind, SnapshotError,
 };
 use crate::storage::{DiskPlan, PodVolume, RootPlan, VolumeKind};
 use crate::template::Identity;
@@ -49,26 +49,29 @@ struct Copy {
 }
 
 impl Sandbox {
-    /// Writes the pod down in `directory`, which is empty or not there yet, and lets it go on. Its processes stand still
-    /// meanwhile, and what would change its containers is refused. Also when the caller stops waiting.
+    /// Writes the pod, which `origin` has made, down in `directory`, which is empty or not there yet, and lets it go on.
+    /// Its processes stand still meanwhile, and what would change its containers is refused. Also when the caller stops
+    /// waiting.
     ///
     /// # Errors
     /// [`Error::Snapshot`] with the container that cannot be saved, or what failed; nothing is left in the directory then,
     /// and the pod goes on.
-    pub async fn checkpoint(&self, directory: &std::path::Path) -> Result<(), Error> {
+    pub async fn checkpoint(&self, directory: &std::path::Path, origin: Origin) -> Result<(), Error> {
         let directory = directory.to_owned();
-        self.to_the_end(|sandbox: Self| async move { sandbox.checkpoint_to_the_end(&directory).await })
-            .await
+        self.to_the_end(
+            |sandbox: Self| async move { sandbox.checkpoint_to_the_end(&directory, origin).await },
+        )
+        .await
     }
 
-    async fn checkpoint_to_the_end(self, directory: &std::path::Path) -> Result<(), Error> {
+    async fn checkpoint_to_the_end(self, directory: &std::path::Path, origin: Origin) -> Result<(), Error> {
         let guest = self.guest().await?;
         // The VM keeps its size.
         let applied = self.0.applied.lock().await;
         let (containers, copies) = self.saved_containers().await?;
         let image = Identity::of(&self.0.config.image).map_err(SnapshotError::Image)?;
         let namespace = self.0.namespace.clone();
-        let manifest = Manifest::new(namespace, image, self.machine(&applied), containers);
+        let manifest = Manifest::new(origin, namespace, image, self.machine(&applied), containers);
         let making = Making::begin(directory)?;
         let ids: Vec<&str> = manifest
             .containers
@@ -163,6 +166,7 @@ impl Sandbox {
                 };
                 containers.push(SavedContainer {
                     id: record.guest_id.clone(),
+                    container: id.clone(),
                     name: made.name.clone(),
                     terminal: made.terminal,
                     streams: made.streams,

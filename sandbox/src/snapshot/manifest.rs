@@ -1,16 +1,18 @@
 //! What a snapshot is of.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::{agent, control};
 use serde::{Deserialize, Serialize};
 
-use super::SnapshotError;
+use super::{LONGEST, MANIFEST, SnapshotError, check_owner, failed};
 use crate::config::Configuration;
 use crate::template::Identity;
 
 /// Version of the manifest. Others are refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What a snapshot is of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +21,8 @@ pub struct Manifest {
     version: u32,
     /// Of the messages to VMM and agent.
     messages: (u32, u32),
+    /// Who had made the pod.
+    pub origin: Origin,
     /// Kubernetes namespace of the pod, or else containerd's. Only pods of the same one begin from the snapshot.
     pub namespace: String,
     /// The guest's root image.
@@ -27,6 +31,18 @@ pub struct Manifest {
     pub machine: Machine,
     /// The containers.
     pub containers: Vec<SavedContainer>,
+}
+
+/// Who has made a pod, and can be asked about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// Socket of the container manager; empty: it has told none.
+    pub manager: PathBuf,
+    /// The manager's namespace, which need not be that of Kubernetes.
+    pub namespace: String,
+    /// Id that the manager has for the pod, or for the stand-alone container.
+    pub pod: String,
 }
 
 /// A VM's shape and size.
@@ -73,6 +89,8 @@ impl Machine {
 pub struct SavedContainer {
     /// Id that the guest knows it by.
     pub id: String,
+    /// Id that the container manager had for it. It is another one in a pod that began from a snapshot itself.
+    pub container: String,
     /// Name within its pod; a stand-alone container has none.
     pub name: Option<String>,
     /// Whether it has a terminal.
@@ -161,6 +179,7 @@ impl Manifest {
     /// Of a pod.
     #[must_use]
     pub fn new(
+        origin: Origin,
         namespace: String,
         image: Identity,
         machine: Machine,
@@ -169,6 +188,7 @@ impl Manifest {
         Self {
             version: VERSION,
             messages: (control::VERSION, agent::VERSION),
+            origin,
             namespace,
             image,
             machine,
@@ -176,12 +196,34 @@ impl Manifest {
         }
     }
 
-    pub(super) fn check(&self, namespace: &str, image: &Path) -> Result<(), SnapshotError> {
-        let found = (self.version, self.messages.0, self.messages.1);
+    /// Reads the one of the snapshot in `directory`, which is in `store`.
+    ///
+    /// # Errors
+    /// There is none, others could have changed it, or it is of another version of this program.
+    pub fn read(store: &Path, directory: &Path) -> Result<Self, SnapshotError> {
+        let path = directory.join(MANIFEST);
+        let file = File::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => SnapshotError::None(directory.into()),
+            _ => failed("open", &path)(error).into(),
+        })?;
+        check_owner(store)?;
+        check_owner(directory)?;
+        let mut json = Vec::new();
+        file.take(LONGEST)
+            .read_to_end(&mut json)
+            .map_err(failed("read", &path))?;
+        let manifest: Self =
+            serde_json::from_slice(&json).map_err(|error| SnapshotError::Manifest(path.clone(), error))?;
+        let found = (manifest.version, manifest.messages.0, manifest.messages.1);
         let wanted = (VERSION, control::VERSION, agent::VERSION);
         if found != wanted {
             return Err(SnapshotError::Version { found, wanted });
         }
+        Ok(manifest)
+    }
+
+    /// Whether a pod of `namespace` with this root image of the guest can begin from it.
+    pub(super) fn check(&self, namespace: &str, image: &Path) -> Result<(), SnapshotError> {
         let changed = |what: &str, saved: String, now: String| SnapshotError::Changed {
             what: what.to_owned(),
             saved,

@@ -41,9 +41,18 @@ fn machine() -> Machine {
     }
 }
 
+fn origin() -> Origin {
+    Origin {
+        manager: "/run/manager.sock".into(),
+        namespace: "spaces".to_owned(),
+        pod: "p".to_owned(),
+    }
+}
+
 fn container(id: &str, name: Option<&str>) -> SavedContainer {
     SavedContainer {
         id: id.to_owned(),
+        container: format!("{id}-1"),
         name: name.map(str::to_owned),
         terminal: false,
         streams: [false, true, true],
@@ -75,6 +84,7 @@ fn make(directory: &Directory, name: &str) -> (PathBuf, PathBuf) {
     making.files().unwrap();
     let containers = vec![container("a", None)];
     let manifest = Manifest::new(
+        origin(),
         "default".to_owned(),
         Identity::of(&image).unwrap(),
         machine(),
@@ -90,6 +100,9 @@ fn what_was_saved_is_found_again() {
     let (store, image) = make(&directory, "one");
     let snapshot = Snapshot::open(&store, "one", "default", &image).unwrap();
     assert_eq!(snapshot.manifest.machine, machine());
+    assert_eq!(snapshot.manifest.origin, origin());
+    let manifest = Manifest::read(&store, &store.join("one")).unwrap();
+    assert_eq!(manifest, snapshot.manifest);
     assert_eq!(snapshot.manifest.containers, [container("a", None)]);
     assert_eq!(
         snapshot.path("0.upper".as_ref()).unwrap(),
@@ -114,7 +127,7 @@ fn a_snapshot_is_for_its_namespace_image_and_version() {
     let file = store.join("one").join(MANIFEST);
     let whole = fs::read_to_string(&file).unwrap();
     for (from, to) in [
-        ("\"version\": 1", "\"version\": 2"),
+        ("\"version\": 2", "\"version\": 3"),
         ("\"vcpus\"", "\"cpus\""),
         ("}", ""),
     ] {
@@ -186,7 +199,7 @@ proptest! {
         let saved = SavedContainer { streams, ..container("a", name.as_deref()) };
         let machine = Machine { vcpus, ..machine() };
         let image = Identity::of("/".as_ref()).unwrap();
-        let manifest = Manifest::new("n".to_owned(), image, machine, vec![saved]);
+        let manifest = Manifest::new(origin(), "n".to_owned(), image, machine, vec![saved]);
         let json = serde_json::to_vec(&manifest).unwrap();
         prop_assert_eq!(serde_json::from_slice::<Manifest>(&json).unwrap(), manifest);
     }

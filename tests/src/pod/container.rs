@@ -8,9 +8,9 @@ use super::{Exec, Pod, open};
 use crate::config::config;
 use crate::cri::api::*;
 use crate::fixture::wait_until;
-use crate::grpc::Status;
 use crate::log;
 use crate::stream::Stream;
+use bulkhead_containerd::grpc::Status;
 
 /// A container in the making.
 #[derive(Debug)]

@@ -1,11 +1,12 @@
 //! Pods that are saved while they run, and pods that begin from there.
 
 use std::path::Path;
+use std::process::Command;
 
 use bulkhead_tests::cri::mount;
 use bulkhead_tests::fixture::{shell, wait_until};
 use bulkhead_tests::pod::{Container, Pod, PodBuilder};
-use bulkhead_tests::{Fixture, config};
+use bulkhead_tests::{Fixture, Session, config};
 
 use crate::pods;
 
@@ -79,6 +80,14 @@ fn a_pod_with_containers_and_a_network_goes_on_in_another_pod() {
     assert!(beyond(&counts, "/dev/shm/count", 5) && beyond(&follows, "/seen", 5));
     let before = number(&follows, "/seen");
     let saved = Saved::of(&source, "saved");
+    // The kubelet would not know them.
+    for arguments in [["restore", "saved"], ["fork", &source.id]] {
+        let mut command = Command::new("bulkhead");
+        command.args(arguments);
+        let done = Session::start(command, config().seconds(120)).finish();
+        let said = done.expect_error(&["through CRI"]);
+        assert!(said.contains("dev.bulkhead.snapshot"), "{said}");
+    }
     let after = number(&counts, "/dev/shm/count");
     assert!(
         beyond(&counts, "/dev/shm/count", after),

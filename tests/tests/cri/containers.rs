@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bulkhead_containerd::grpc;
 use bulkhead_tests::cri::api::{ContainerState, KeyValue};
 use bulkhead_tests::fixture::wait_until;
 use bulkhead_tests::image::CONFIGURED_IMAGE;
-use bulkhead_tests::{config, cri, grpc};
+use bulkhead_tests::{config, cri};
 
 use crate::pods;
 

@@ -13,18 +13,19 @@ use crate::calls::{Answer, Shim};
 use crate::fixture;
 
 /// Counts, in a file and aloud, with a file held open all along.
-const COUNT: &str = "echo kept > /kept; exec 9>>/open; i=0; \
+pub const COUNT: &str = "echo kept > /kept; exec 9>>/open; i=0; \
     while :; do i=$((i+1)); echo $i > /next; mv /next /count; echo $i >&9; echo tick $i; sleep 0.1; done";
 
 /// A test with snapshots of its own.
-struct Store {
-    test: Fixture,
-    snapshots: PathBuf,
-    settings: String,
+pub struct Store {
+    pub test: Fixture,
+    pub snapshots: PathBuf,
+    /// The configuration that names them.
+    pub settings: String,
 }
 
 impl Store {
-    fn new(name: &'static str) -> Self {
+    pub fn new(name: &'static str) -> Self {
         let test = fixture(name);
         let snapshots = test.work.join("snapshots");
         let settings = test.configuration(&[("snapshot_dir", snapshots.to_str().into())]);
@@ -36,7 +37,7 @@ impl Store {
     }
 
     /// A `ctr run` of a command, or of what snapshot `from` had run.
-    fn run(&self, name: &str, from: Option<&str>, command: &[&str]) -> Run<'_> {
+    pub fn run(&self, name: &str, from: Option<&str>, command: &[&str]) -> Run<'_> {
         let annotation = from.map(|from| format!("dev.bulkhead.snapshot={from}"));
         let mut options = vec!["--runtime-config-path", &self.settings];
         if let Some(annotation) = &annotation {
@@ -45,7 +46,7 @@ impl Store {
         self.test.busybox(name, command).with(&options)
     }
 
-    fn save(&self, id: &str, name: &str) -> Answer<api::Empty> {
+    pub fn save(&self, id: &str, name: &str) -> Answer<api::Empty> {
         let request = api::CheckpointTaskRequest {
             id: id.to_owned(),
             path: self.snapshots.join(name).display().to_string(),
@@ -54,18 +55,18 @@ impl Store {
         Shim::of(&self.test, id).call(async |client, context| client.checkpoint(context, &request).await)
     }
 
-    fn exec(&self, id: &str, line: &str) -> String {
+    pub fn exec(&self, id: &str, line: &str) -> String {
         let name = format!("exec-{}", line.len());
         let command = ["tasks", "exec", "--exec-id", &name, id, "sh", "-c", line];
         self.test.ctr(&command).text()
     }
 
-    fn count(&self, id: &str) -> u64 {
+    pub fn count(&self, id: &str) -> u64 {
         self.exec(id, "cat /count").trim().parse().unwrap()
     }
 
     /// Waits until the container has counted beyond a number.
-    fn counts_beyond(&self, id: &str, number: u64) {
+    pub fn counts_beyond(&self, id: &str, number: u64) {
         let beyond = wait_until(config().seconds(30), || self.count(id) > number);
         assert!(beyond, "{id} stands still at {}", self.count(id));
     }
@@ -92,7 +93,7 @@ fn a_container_goes_on_from_its_snapshot_and_so_do_its_forks() {
     assert!(first >= before, "{first}, the source was at {before}");
     let detached = ["b", "c"].map(|name| store.run(name, Some("one"), &["ignored"]).detach());
     let forks = [&attached.id, &detached[0], &detached[1]];
-    let mut unique = HashSet::new();
+    let (mut names, mut random) = (HashSet::new(), HashSet::new());
     for fork in forks {
         let at = store.count(fork);
         assert!(at >= before, "{fork}: {at}, the source was at {before}");
@@ -101,7 +102,9 @@ fn a_container_goes_on_from_its_snapshot_and_so_do_its_forks() {
         // The file that was open is the one that is there.
         let last = store.exec(fork, "tail -n 1 /open");
         assert!(last.trim().parse::<u64>().unwrap() >= at, "{last}");
-        assert!(unique.insert(store.exec(fork, "hostname; head -c 16 /dev/urandom | md5sum")));
+        assert!(names.insert(store.exec(fork, "hostname")), "{names:?}");
+        let bytes = store.exec(fork, "head -c 16 /dev/urandom | md5sum");
+        assert!(random.insert(bytes), "{fork} draws what another one has drawn");
     }
     // What one writes is its own.
     let _ = store.exec(forks[0], "echo changed > /kept; echo new > /new");

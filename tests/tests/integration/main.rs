@@ -36,6 +36,7 @@ mod network;
 mod pods;
 mod process;
 mod resources;
+mod restore;
 mod sandbox_api;
 mod scale;
 mod snapshot;

@@ -116,7 +116,7 @@ fn search(calls: &[(u32, Vec<libc::sock_filter>)]) -> Vec<libc::sock_filter> {
         }
         several => {
             let (low, high) = several.split_at(several.len() / 2);
-            let (low, high) = (search(low), search(&high[..]));
+            let (low, high) = (search(low), search(high));
             let first = several[several.len() / 2].0;
             // Only a jump that has no condition goes further than 255 instructions.
             let over = instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, low.len() as u32);

@@ -75,10 +75,16 @@ impl Suite {
     /// tests of what is done otherwise then. Parts of names; none: all.
     fn sample(self, containerd: Containerd) -> &'static [&'static str] {
         match (self, containerd) {
-            // The start of a shim, its options and address, sandboxes by annotations, exits, crashes and restarts.
-            (Self::Tasks, Containerd::V1_7) => {
-                &["crash::", "events::", "pods::", "task::", "containers_outlive"]
-            }
+            // The start of a shim, its options and address, sandboxes by annotations, exits, crashes and restarts; what
+            // `bulkhead restore` asks for.
+            (Self::Tasks, Containerd::V1_7) => &[
+                "crash::",
+                "events::",
+                "pods::",
+                "task::",
+                "containers_outlive",
+                "a_pod_is_restored",
+            ],
             // What the image and the annotations of the CRI plugin say, networks, statistics, the end of pods.
             (Self::Cri, Containerd::V1_7) => &["sandbox::", "ends::", "network::", "figures_of"],
             // All that is done when a pod is made, changed and removed; what is in it knows no difference.

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::snapshot::{Machine, Making, Manifest};
+use crate::snapshot::{Machine, Making, Manifest, Origin};
 use crate::template::Identity;
 
 fn restore(test: &str, names: &[Option<&str>]) -> Restore {
@@ -20,6 +20,7 @@ fn restore(test: &str, names: &[Option<&str>]) -> Restore {
     };
     let containers = names.iter().enumerate().map(|(number, name)| SavedContainer {
         id: format!("guest{number}"),
+        container: format!("old{number}"),
         name: name.map(str::to_owned),
         terminal: false,
         streams: [false; 3],
@@ -37,6 +38,7 @@ fn restore(test: &str, names: &[Option<&str>]) -> Restore {
     let image = Identity::of("/".as_ref()).unwrap();
     making
         .finish(&Manifest::new(
+            Origin::default(),
             "n".to_owned(),
             image,
             machine,

@@ -42,37 +42,69 @@ fn broken(error: impl fmt::Display) -> Status {
     }
 }
 
-/// Calls `method`, such as `runtime.v1.RuntimeService/Version`. Each call has its own connection, so that calls from
+/// Calls `method`, such as `runtime.v1.RuntimeService/Version`, in the containerd namespace `namespace`, if the service has
+/// those.
+///
+/// # Errors
+/// As [`call_bytes`].
+pub fn call<A: Message>(
+    socket: &Path,
+    method: &str,
+    namespace: Option<&str>,
+    request: &impl Message,
+    limit: Duration,
+) -> Result<A, Status> {
+    typed(request, |message| {
+        call_bytes(socket, method, namespace, message, limit)
+    })
+}
+
+/// A call of messages by one of their bytes.
+pub(crate) fn typed<A: Message>(
+    request: &impl Message,
+    call: impl FnOnce(Vec<u8>) -> Result<Vec<u8>, Status>,
+) -> Result<A, Status> {
+    let answer = call(request.write_to_bytes().map_err(broken)?)?;
+    A::parse_from_bytes(&answer).map_err(broken)
+}
+
+/// Calls a method with a message's bytes; gives those of the answer. Each call has its own connection, so that calls from
 /// several threads do not wait for each other and none outlives a server that is started anew.
 ///
 /// # Errors
 /// What the server answers instead; [`DEADLINE_EXCEEDED`] when there is no answer within `limit`.
-pub fn call<A: Message>(
+pub fn call_bytes(
     socket: &Path,
     method: &str,
-    request: &impl Message,
+    namespace: Option<&str>,
+    message: Vec<u8>,
     limit: Duration,
-) -> Result<A, Status> {
-    let message = request.write_to_bytes().map_err(broken)?;
+) -> Result<Vec<u8>, Status> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()
         .map_err(broken)?;
-    let answer = runtime.block_on(async {
-        let exchange = exchange(socket, method, message);
+    runtime.block_on(async {
+        let exchange = exchange(socket, method, namespace, message);
         tokio::time::timeout(limit, exchange).await.unwrap_or_else(|_| {
             Err(Status {
                 code: DEADLINE_EXCEEDED,
                 message: format!("{method} gave no answer in {limit:?}"),
             })
         })
-    })?;
-    A::parse_from_bytes(&answer).map_err(broken)
+    })
 }
 
-async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
-    let stream = tokio::net::UnixStream::connect(socket).await.map_err(broken)?;
+async fn exchange(
+    socket: &Path,
+    method: &str,
+    namespace: Option<&str>,
+    message: Vec<u8>,
+) -> Result<Vec<u8>, Status> {
+    let frame = frame(&message)?;
+    let connected = tokio::net::UnixStream::connect(socket).await;
+    let stream = connected.map_err(|error| broken(format!("{}: {error}", socket.display())))?;
     let (sender, connection) = h2::client::Builder::new()
         .initial_window_size(LARGEST)
         .initial_connection_window_size(LARGEST)
@@ -81,16 +113,10 @@ async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Vec<u
         .map_err(broken)?;
     // It ends with the runtime; its errors reach the stream.
     tokio::spawn(connection);
-    let request = http::Request::post(format!("http://localhost/{method}"))
-        .version(http::Version::HTTP_2)
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .map_err(broken)?;
+    let request = head(method, namespace)?;
     let mut sender = sender.ready().await.map_err(broken)?;
     let (response, mut body) = sender.send_request(request, false).map_err(broken)?;
-    body.send_data(Cursor::new(frame(&message)), true)
-        .map_err(broken)?;
+    body.send_data(Cursor::new(frame), true).map_err(broken)?;
     let (head, mut body) = response.await.map_err(broken)?.into_parts();
     let mut answer = Vec::new();
     while let Some(chunk) = body.data().await {
@@ -106,10 +132,23 @@ async fn exchange(socket: &Path, method: &str, message: Vec<u8>) -> Result<Vec<u
     unframe(&answer).map(<[u8]>::to_vec)
 }
 
+fn head(method: &str, namespace: Option<&str>) -> Result<http::Request<()>, Status> {
+    let request = http::Request::post(format!("http://localhost/{method}"))
+        .version(http::Version::HTTP_2)
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    match namespace {
+        Some(namespace) => request.header("containerd-namespace", namespace),
+        None => request,
+    }
+    .body(())
+    .map_err(broken)
+}
+
 /// Length-prefixed message: a byte that says "not compressed", four of length, big endian.
-fn frame(message: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(message.len()).expect("requests are small");
-    [&[0], &length.to_be_bytes()[..], message].concat()
+fn frame(message: &[u8]) -> Result<Vec<u8>, Status> {
+    let length = u32::try_from(message.len()).map_err(broken)?;
+    Ok([&[0], &length.to_be_bytes()[..], message].concat())
 }
 
 fn unframe(bytes: &[u8]) -> Result<&[u8], Status> {
@@ -157,15 +196,28 @@ fn percent_decoded(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
     fn messages_are_framed() {
-        assert_eq!(frame(b"ab"), [0, 0, 0, 0, 2, b'a', b'b']);
-        assert_eq!(unframe(&frame(b"ab")).unwrap(), b"ab");
+        assert_eq!(frame(b"ab").unwrap(), [0, 0, 0, 0, 2, b'a', b'b']);
+        assert_eq!(unframe(&frame(b"ab").unwrap()).unwrap(), b"ab");
         for bad in [&b"\0\0\0\0\x03ab"[..], b"\x01\0\0\0\x02ab", b"\0\0", b""] {
             assert_eq!(unframe(bad).unwrap_err().code, 2, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_call_is_in_a_namespace_if_the_service_has_those() {
+        let method = "containerd.services.tasks.v1.Tasks/Start";
+        let with = head(method, Some("k8s.io")).unwrap();
+        assert_eq!(with.uri().path(), format!("/{method}"));
+        assert_eq!(with.headers()["containerd-namespace"], "k8s.io");
+        let without = head(method, None).unwrap();
+        assert!(!without.headers().contains_key("containerd-namespace"));
+        assert_eq!(head(method, Some("a\nb")).unwrap_err().code, 2);
     }
 
     #[test]
