@@ -282,6 +282,7 @@ impl Sandbox {
                 .into_iter()
                 .map(|net| control::Net {
                     tap: fds.add(net.tap),
+                    vhost: None,
                     mac: net.mac,
                     mtu: net.mtu,
                 })

@@ -162,7 +162,12 @@ impl Sandbox {
 
     async fn attach(&self, guest: &Guest, slot: u32, net: GuestNet) -> Result<(), Error> {
         let GuestNet { tap, mac, mtu } = net;
-        let net = Net { tap: Fd(0), mac, mtu };
+        let net = Net {
+            tap: Fd(0),
+            vhost: None,
+            mac,
+            mtu,
+        };
         guest.vm.ask(Request::AttachNet { slot, net }, vec![tap]).await?;
         self.plug(guest, slot, true).await
     }

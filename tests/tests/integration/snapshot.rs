@@ -131,6 +131,7 @@ impl Host<'_> {
             net_slots: 1,
             nets: vec![Net {
                 tap,
+                vhost: None,
                 mac: MAC,
                 mtu: 1500,
             }],
