@@ -282,7 +282,7 @@ impl Sandbox {
                 .into_iter()
                 .map(|net| control::Net {
                     tap: fds.add(net.tap),
-                    vhost: None,
+                    vhost: self.vhost().map(|vhost| fds.add(vhost)),
                     mac: net.mac,
                     mtu: net.mtu,
                 })
