@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 
 use arbitrary::Arbitrary;
 use bulkhead_protocol::control::{Channel, Received, Request, RequestMessage, VmmMessage};
-use bulkhead_vmm::machine::{open_disk, take_fd};
+use bulkhead_vmm::machine::{attach_net, open_disk, take_fd};
 use bulkhead_vmm::virtio::VirtioDevice;
 use bulkhead_vmm::virtio::balloon::Balloon;
 use bulkhead_vmm::virtio::block::Block;
@@ -195,9 +195,7 @@ impl Devices {
             }
             Request::DetachDisk { .. } => drop(self.disk.detach()),
             Request::AttachNet { net, .. } => {
-                if let Ok(tap) = take_fd(received, "net.tap", net.tap) {
-                    let _ = self.net.attach(tap, net.mac, net.mtu);
-                }
+                let _ = attach_net(&mut self.net, &net, |what, fd| take_fd(received, what, fd));
             }
             Request::DetachNet { .. } => drop(self.net.detach()),
             Request::SetBalloon { mib } => drop(self.balloon.set_target_mib(mib)),

@@ -29,6 +29,7 @@ const DRIVER_FEATURES_SELECT: u64 = 0x024;
 const QUEUE_SELECT: u64 = 0x030;
 const QUEUE_SIZE: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
+const QUEUE_NOTIFY: u64 = 0x050;
 const STATUS: u64 = 0x070;
 const RING_REGISTERS: [u64; 3] = [0x080, 0x090, 0x0a0];
 const NEEDS_RESET: u8 = 64;
@@ -394,8 +395,16 @@ impl<'a> Driver<'a> {
                 content,
             } => self.add(queue, &buffers, indirect, &content),
             Action::Kick(queue) => {
-                let queues = self.transport.watched_queues().len().max(1);
-                self.watch(|transport| transport.process_queue(usize::from(queue) % queues));
+                let queues = self.sizes.len().max(1);
+                let queue = usize::from(queue) % queues;
+                if self.transport.watched_queues().is_empty() {
+                    // The device watches its doorbells itself.
+                    let number = (queue as u32).to_le_bytes();
+                    self.transport.write(QUEUE_NOTIFY, &number);
+                    self.watch(MmioTransport::process_event);
+                } else {
+                    self.watch(|transport| transport.process_queue(queue));
+                }
             }
             Action::Event => self.watch(MmioTransport::process_event),
             Action::Read(offset, len) => {

@@ -24,7 +24,7 @@ pub const VMM_SOCKET_FD: i32 = 3;
 pub const VMM_PROC_FD: i32 = 4;
 
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -206,6 +206,8 @@ pub struct Disk {
 pub struct Net {
     /// Tap device with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached, non-blocking.
     pub tap: Fd,
+    /// `/dev/vhost-net`, read-write, owned by nobody yet: the kernel serves the rings. Without it the VMM does.
+    pub vhost: Option<Fd>,
     /// Hardware address.
     pub mac: [u8; 6],
     /// Largest frame payload in bytes of a guest without segmentation offload.

@@ -94,6 +94,8 @@ pub struct Configuration {
     /// Network interfaces that can be added to a running VM, 0 to 12, as far as disks and the interfaces it starts
     /// with leave places on its bus.
     pub net_slots: u32,
+    /// Whether the host's kernel carries the guest's frames (vhost-net), where it can; else the VMM does.
+    pub vhost_net: bool,
     /// Deadline in seconds for each phase of a boot, 1 to 600.
     pub boot_timeout_s: u32,
     /// Deadline in seconds for one request to the agent, 1 to 600.
@@ -154,6 +156,7 @@ impl Default for Configuration {
             balloon: true,
             disk_slots: 2,
             net_slots: 2,
+            vhost_net: true,
             boot_timeout_s: 60,
             request_timeout_s: 60,
             state_dir: "/run/bulkhead".into(),

@@ -217,6 +217,33 @@ pub fn undo_redirection(path: &Path, inode: u64, interface: &str) -> Result<(), 
         .unwrap_or(Err(NetworkError::Enter(path.into(), Errno::ECANCELED)))
 }
 
+/// The kernel's server of virtio network devices.
+const VHOST: &str = "/dev/vhost-net";
+
+/// A server for one network device, if the host has it. It belongs to nobody yet.
+pub fn open_vhost() -> Option<OwnedFd> {
+    match File::options().read(true).write(true).open(VHOST) {
+        Ok(file) => Some(file.into()),
+        Err(error) => {
+            // A file without its module is as good as none.
+            let absent = matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)
+            );
+            let level = if absent {
+                log::Level::Debug
+            } else {
+                log::Level::Warn
+            };
+            log::log!(
+                level,
+                "the VMM carries frames by itself, without {VHOST}: {error}"
+            );
+            None
+        }
+    }
+}
+
 /// A network device of the guest.
 #[derive(Debug)]
 pub struct GuestNet {

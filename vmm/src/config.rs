@@ -202,6 +202,7 @@ mod tests {
                     config.net_slots = 0;
                     config.nets = vec![Net {
                         tap: Fd(4),
+                        vhost: None,
                         mac: [2; 6],
                         mtu: 1500,
                     }];

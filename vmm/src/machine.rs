@@ -11,7 +11,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::control::{
-    BootTimes, Disk, ExitReason, Fd, Received, RequestMessage, Start, VmConfig,
+    self, BootTimes, Disk, ExitReason, Fd, Received, RequestMessage, Start, VmConfig,
 };
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
@@ -210,6 +210,8 @@ impl Machine {
         if config.seccomp {
             jail::confine(jail::Thread::Main).map_err(BuildError::Jail)?;
         }
+        // The kernel's workers for them get the confinement of this thread.
+        devices.attach_nets(config, &mut take)?;
         // Last, for what devices have to say to the guest is said by interrupts.
         if let Origin::Snapshot(saved) = &origin {
             saved.start(&transports)?;
@@ -318,6 +320,28 @@ pub fn open_disk(
         .map(|fd| take("disk.files", *fd).map(File::from))
         .collect::<Result<_, _>>()?;
     DiskImage::new(files, disk.read_only).map_err(|source| BuildError::Disk { slot, source })
+}
+
+/// Puts a network device into an empty slot.
+///
+/// # Errors
+/// [`BuildError::Descriptor`], [`BuildError::NetSlot`]; the slot is as it was.
+pub fn attach_net(
+    slot: &mut Net,
+    net: &control::Net,
+    mut take: impl FnMut(&'static str, Fd) -> Result<OwnedFd, BuildError>,
+) -> Result<(), BuildError> {
+    let tap = take("net.tap", net.tap)?;
+    let vhost = net.vhost.map(|fd| take("net.vhost", fd)).transpose()?;
+    slot.attach(tap, net.mac, net.mtu).map_err(BuildError::NetSlot)?;
+    if let Some(vhost) = vhost
+        && let Err(error) = slot.serve_by(vhost)
+    {
+        // It has just been filled.
+        let _ = slot.detach();
+        return Err(BuildError::NetSlot(error));
+    }
+    Ok(())
 }
 
 fn create_vm(hypervisor: &Kvm) -> Result<VmFd, BuildError> {

@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use crate::error_chain;
 use crate::event_loop::{DeviceLoop, wait, watch};
-use crate::machine::{BuildError, Machine, SnapshotError, now, open_disk, take_fd};
+use crate::machine::{BuildError, Machine, SnapshotError, attach_net, now, open_disk, take_fd};
 use crate::virtio::vsock::VsockEvent;
 
 /// Epoll data of the main loop.
@@ -254,9 +254,8 @@ impl<'a> Server<'a> {
                 lock(self.disk(slot)?).detach().map_err(|error| text(&error))?;
             }
             Request::AttachNet { slot, net } => {
-                let tap = take_fd(request, "net.tap", net.tap).map_err(|error| text(&error))?;
-                lock(self.net(slot)?)
-                    .attach(tap, net.mac, net.mtu)
+                let mut device = lock(self.net(slot)?);
+                attach_net(&mut device, &net, |what, fd| take_fd(request, what, fd))
                     .map_err(|error| text(&error))?;
             }
             Request::DetachNet { slot } => {

@@ -18,7 +18,8 @@ fn disk() -> impl Strategy<Value = Disk> {
 }
 
 fn net() -> impl Strategy<Value = Net> {
-    (fd(), any::<[u8; 6]>(), any::<u16>()).prop_map(|(tap, mac, mtu)| Net { tap, mac, mtu })
+    let fds = (fd(), option::of(fd()));
+    (fds, any::<[u8; 6]>(), any::<u16>()).prop_map(|((tap, vhost), mac, mtu)| Net { tap, vhost, mac, mtu })
 }
 
 fn share() -> impl Strategy<Value = Share> {

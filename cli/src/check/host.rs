@@ -55,6 +55,7 @@ pub fn check(report: &mut Report, memory_mib: u32, weaker: &[Wall]) {
         "containerd's overlayfs snapshots are mounted by the shim",
     );
     check_tun(report);
+    check_vhost(report);
     for module in ["sch_ingress", "cls_matchall", "act_mirred"] {
         check_module(report, module);
     }
@@ -335,6 +336,24 @@ fn check_tun(report: &mut Report) {
             Verdict::No,
             format!("no tap device for the guest's network card: {error}"),
             "modprobe tun, as root",
+        ),
+    };
+    report.add(GROUP, DEVICE, verdict, reason, remedy);
+}
+
+/// What saves frames the way through the VMM.
+fn check_vhost(report: &mut Report) {
+    const DEVICE: &str = "/dev/vhost-net";
+    let (verdict, reason, remedy) = match OpenOptions::new().read(true).write(true).open(DEVICE) {
+        Ok(_) => (
+            Verdict::Yes,
+            "the host's kernel carries the guest's frames".to_owned(),
+            "",
+        ),
+        Err(error) => (
+            Verdict::Missing,
+            format!("the VMM carries the guest's frames by itself: {error}"),
+            "modprobe vhost_net, as root",
         ),
     };
     report.add(GROUP, DEVICE, verdict, reason, remedy);

@@ -32,6 +32,7 @@ fn config() -> VmConfig {
         net_slots: 2,
         nets: vec![Net {
             tap: Fd(5),
+            vhost: Some(Fd(6)),
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
         }],

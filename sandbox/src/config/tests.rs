@@ -32,6 +32,13 @@ fn a_partial_file_keeps_the_other_defaults() {
 }
 
 #[test]
+fn the_kernel_may_carry_frames_unless_it_is_told_not_to() {
+    assert!(Configuration::default().vhost_net);
+    let without: Configuration = serde_json::from_str(r#"{"vhost_net": false}"#).unwrap();
+    assert!(!without.vhost_net);
+}
+
+#[test]
 fn errors_name_field_and_value() {
     let zero = Configuration {
         vcpus: 0,

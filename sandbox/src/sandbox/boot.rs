@@ -291,6 +291,7 @@ impl Sandbox {
                 .into_iter()
                 .map(|net| control::Net {
                     tap: fds.add(net.tap),
+                    vhost: self.vhost().map(|vhost| fds.add(vhost)),
                     mac: net.mac,
                     mtu: net.mtu,
                 })

@@ -1,14 +1,14 @@
 //! The pod's network while the guest runs: what changes later, and streams to its loopback address.
 
 use bulkhead_protocol::agent::{ForwardRequest, PlugDeviceRequest};
-use bulkhead_protocol::control::{Fd, Net, Request};
+use bulkhead_protocol::control::{Net, Request};
 use tokio::sync::{mpsc, oneshot};
 
 use super::restore::Restore;
 use super::*;
 use crate::error::chain;
-use crate::network::{Change, Connection, Follower, Forwarder, GuestNet, News};
-use crate::vm::VmError;
+use crate::network::{Change, Connection, Follower, Forwarder, GuestNet, News, open_vhost};
+use crate::vm::{Descriptors, VmError};
 
 /// Places on the VM's bus, and how many are not for disks and networks (memory, streams, files, entropy, balloon,
 /// growing memory).
@@ -162,9 +162,21 @@ impl Sandbox {
 
     async fn attach(&self, guest: &Guest, slot: u32, net: GuestNet) -> Result<(), Error> {
         let GuestNet { tap, mac, mtu } = net;
-        let net = Net { tap: Fd(0), mac, mtu };
-        guest.vm.ask(Request::AttachNet { slot, net }, vec![tap]).await?;
+        let mut fds = Descriptors::default();
+        let net = Net {
+            tap: fds.add(tap),
+            vhost: self.vhost().map(|vhost| fds.add(vhost)),
+            mac,
+            mtu,
+        };
+        let request = Request::AttachNet { slot, net };
+        guest.vm.ask(request, fds.into_vec()).await?;
         self.plug(guest, slot, true).await
+    }
+
+    /// The kernel's server for a network device, if the configuration wants it and the host has it.
+    pub(super) fn vhost(&self) -> Option<OwnedFd> {
+        self.0.config.vhost_net.then(open_vhost).flatten()
     }
 
     /// Has the guest's driver look at a network slot again.

@@ -251,6 +251,7 @@ fn the_vmm_holds_what_it_was_given() {
                 GIVEN.iter().any(|kind| target.starts_with(kind))
                     || target == "/1/fd"
                     || target.ends_with("/dev/net/tun")
+                    || target.ends_with("/dev/vhost-net")
                     // The far ends of streams.
                     || target.contains("/fifo")
                     || target.ends_with("/dev/null")

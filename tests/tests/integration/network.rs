@@ -16,6 +16,8 @@ use serde_json::json;
 
 use crate::fixture;
 
+mod vhost;
+
 /// Where Debian has the plugins, and where others do.
 const PLUGINS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
 
@@ -168,8 +170,12 @@ fn the_guest_has_the_interface_that_the_plugin_made() {
 
 #[test]
 fn streams_go_both_ways_between_containers_and_the_host() {
-    let test = fixture("network");
-    let network = Network::new(&test, 2);
+    exchange(&fixture("network"), &[]);
+}
+
+/// Sends streams between two containers and the host; the containers are run with `options`.
+fn exchange(test: &Fixture, options: &[&str]) {
+    let network = Network::new(test, 2);
 
     // Into the container: several megabytes, so that offloads and merged buffers have something to do.
     let server = network
@@ -177,6 +183,7 @@ fn streams_go_both_ways_between_containers_and_the_host() {
             0,
             "nc -l -p 7000 < /dev/null | sha256sum; nc -l -p 7001 < /dev/null",
         )
+        .with(options)
         .start();
     let content: Vec<u8> = (0..4_u32 << 20)
         .map(|number| (number * 7 + (number >> 9)) as u8)
@@ -195,7 +202,7 @@ fn streams_go_both_ways_between_containers_and_the_host() {
         ipv4.local_addr().unwrap().port(),
         ipv6.local_addr().unwrap().port(),
     );
-    let client = network.run(1, &script).start();
+    let client = network.run(1, &script).with(options).start();
     let bytes = accept_all(&ipv4);
     assert_eq!(bytes.len(), 4 << 20);
     client.wait_for(&sum(&bytes));

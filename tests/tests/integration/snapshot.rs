@@ -79,8 +79,8 @@ impl Host<'_> {
         self.test.work.join("disk")
     }
 
-    /// Starts a VM at its kernel, or where it was.
-    async fn begin(&self, files: Option<&Files>) -> Life {
+    /// Starts a VM at its kernel, or where it was. The host's kernel serves its network, if it can, or the VMM does.
+    async fn begin(&self, files: Option<&Files>, kernel_serves: bool) -> Life {
         let configuration = Configuration::load(None).unwrap();
         let (events, _) = mpsc::unbounded_channel();
         let jail = Jail {
@@ -96,6 +96,10 @@ impl Host<'_> {
         let root = fds.add(open("root image", &configuration.image, false));
         let disk = fds.add(open("disk", &self.disk(), true));
         let tap = fds.add(self.tap.try_clone().unwrap().into());
+        let vhost = kernel_serves
+            .then(bulkhead_sandbox::network::open_vhost)
+            .flatten();
+        let vhost = vhost.map(|vhost| fds.add(vhost));
         let listeners = vec![
             (ports::AGENT, fds.add(theirs.into())),
             (STDOUT, fds.add(stdout.into())),
@@ -131,6 +135,7 @@ impl Host<'_> {
             net_slots: 1,
             nets: vec![Net {
                 tap,
+                vhost,
                 mac: MAC,
                 mtu: 1500,
             }],
@@ -305,7 +310,7 @@ fn a_machine_under_load_goes_on_from_one_snapshot_after_the_other() {
     let begin = Instant::now();
     let mut sizes = Vec::new();
     runtime.block_on(async {
-        let mut life = host.begin(None).await;
+        let mut life = host.begin(None, true).await;
         life.set_up().await;
         let mut done = life.progress([0; 4]);
         for number in 1..=lives {
@@ -313,7 +318,7 @@ fn a_machine_under_load_goes_on_from_one_snapshot_after_the_other() {
             sizes.push(std::os::unix::fs::MetadataExt::blocks(&files.memory.metadata().unwrap()) >> 11);
             life.vm.kill();
             life.vm.ended().await;
-            life = host.begin(Some(&files)).await;
+            life = host.begin(Some(&files), number % 2 == 0).await;
             life.resume(number).await;
             done = life.progress(done);
         }

@@ -28,7 +28,7 @@ const V: u8 = 1 << Thread::Vcpu as u8;
 const M: u8 = 1 << Thread::Main as u8;
 const F: u8 = 1 << Thread::Files as u8;
 
-/// ioctls of KVM (linux/kvm.h) and of taps (linux/if_tun.h), by number.
+/// ioctls of KVM (linux/kvm.h), of taps (linux/if_tun.h) and of vhost-net (linux/vhost.h), by number.
 mod ioctl {
     pub const KVM_RUN: u32 = 0xae80;
     pub const KVM_GET_REGS: u32 = 0x8090_ae81;
@@ -51,6 +51,18 @@ mod ioctl {
     pub const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
     pub const TUNSETOFFLOAD: u32 = 0x4004_54d0;
     pub const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+    pub const VHOST_GET_FEATURES: u32 = 0x8008_af00;
+    pub const VHOST_SET_FEATURES: u32 = 0x4008_af00;
+    pub const VHOST_SET_OWNER: u32 = 0xaf01;
+    pub const VHOST_SET_MEM_TABLE: u32 = 0x4008_af03;
+    pub const VHOST_SET_VRING_NUM: u32 = 0x4008_af10;
+    pub const VHOST_SET_VRING_ADDR: u32 = 0x4028_af11;
+    pub const VHOST_SET_VRING_BASE: u32 = 0x4008_af12;
+    pub const VHOST_GET_VRING_BASE: u32 = 0xc008_af12;
+    pub const VHOST_SET_VRING_KICK: u32 = 0x4008_af20;
+    pub const VHOST_SET_VRING_CALL: u32 = 0x4008_af21;
+    pub const VHOST_SET_VRING_ERR: u32 = 0x4008_af22;
+    pub const VHOST_NET_SET_BACKEND: u32 = 0x4008_af30;
 }
 
 /// What pthread_create(3) of the GNU C library asks clone(2) for.
@@ -165,6 +177,24 @@ pub const RULES: &[Rule] = &[
     // With a path it needs a root directory with something in it.
     rule("newfstatat", libc::SYS_newfstatat, M | F),
 
+    // A driver starts and resets a network device whose rings the kernel serves.
+    checked("ioctl", libc::SYS_ioctl, V | M, Check::OneOf(1, &[
+        ioctl::VHOST_SET_FEATURES,
+        ioctl::VHOST_SET_MEM_TABLE,
+        ioctl::VHOST_SET_VRING_NUM,
+        ioctl::VHOST_SET_VRING_ADDR,
+        ioctl::VHOST_SET_VRING_BASE,
+        ioctl::VHOST_SET_VRING_KICK,
+        ioctl::VHOST_SET_VRING_CALL,
+        ioctl::VHOST_SET_VRING_ERR,
+        ioctl::VHOST_NET_SET_BACKEND,
+    ])),
+    // Such a device comes, and pauses.
+    checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
+        ioctl::VHOST_GET_FEATURES,
+        ioctl::VHOST_SET_OWNER,
+        ioctl::VHOST_GET_VRING_BASE,
+    ])),
     // vCPUs and memory that are added.
     checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
         ioctl::KVM_CREATE_VCPU,

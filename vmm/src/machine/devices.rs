@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_protocol::control::{Fd, VMM_PROC_FD, VmConfig};
 use kvm_ioctls::VmFd;
 
-use super::{BuildError, Hotplug, open_disk};
+use super::{BuildError, Hotplug, attach_net, open_disk};
 use crate::memory::GuestMemory;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -30,7 +30,7 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Makes the devices in the order of their places. The root image is at `root`: guest-physical start, length.
+    /// Makes the devices in the order of their places; the network's are empty. The root image is at `root`: guest-physical start, length.
     pub(super) fn new(
         config: &VmConfig,
         root: (u64, u64),
@@ -66,14 +66,7 @@ impl Devices {
         }
         let mut nets = Vec::new();
         for slot in 0..config.net_slots {
-            let mut device = Net::new(slot).map_err(BuildError::Net)?;
-            if let Some(net) = config.nets.get(slot as usize) {
-                let tap = take("nets.tap", net.tap)?;
-                device
-                    .attach(tap, net.mac, net.mtu)
-                    .map_err(BuildError::NetSlot)?;
-            }
-            let device = Arc::new(Mutex::new(device));
+            let device = Arc::new(Mutex::new(Net::new(slot).map_err(BuildError::Net)?));
             all.push(device.clone());
             nets.push(device);
         }
@@ -96,6 +89,19 @@ impl Devices {
             nets,
             disks,
         })
+    }
+
+    /// Fills the network slots of devices that are there from the start.
+    pub(super) fn attach_nets(
+        &self,
+        config: &VmConfig,
+        take: &mut impl FnMut(&'static str, Fd) -> Result<OwnedFd, BuildError>,
+    ) -> Result<(), BuildError> {
+        for (device, net) in self.nets.iter().zip(&config.nets) {
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            attach_net(&mut device, net, &mut *take)?;
+        }
+        Ok(())
     }
 
     /// Gives each its place on the bus, and connects it to KVM.

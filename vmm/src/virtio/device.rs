@@ -40,6 +40,9 @@ pub enum DeviceError {
     /// The host side of the device failed.
     #[error("Device backend failed")]
     Backend(#[source] std::io::Error),
+    /// The kernel's server of the rings failed.
+    #[error("Kernel does not serve the rings")]
+    Vhost(#[source] super::net::VhostError),
     /// The driver broke the rules of the device type.
     #[error("Driver violates the device's protocol: {0}")]
     Protocol(&'static str),
@@ -59,7 +62,7 @@ pub enum Turn {
 /// A device is owned by one mutex. The transport calls the configuration methods from vCPU threads;
 /// the event loop calls [`process_queue`](Self::process_queue) when the driver kicks a queue and
 /// [`process_event`](Self::process_event) when [`event_fd`](Self::event_fd) is readable, both on the
-/// device thread. A device that runs its queues on a worker thread of its own takes the queues' kick
+/// device thread. A device that does not want it so for its queues takes their kick
 /// eventfds by [`owns_queue_events`](Self::owns_queue_events).
 ///
 /// What a snapshot must carry lives in a plain, serialisable state struct of each device, apart from
@@ -120,7 +123,8 @@ pub trait VirtioDevice: Debug + Send {
         Ok(())
     }
 
-    /// Whether the device serves its queues on its own thread. The transport then hands it the queues'
+    /// Whether the device serves its queues on its own thread, has the kernel serve them, or polls for kicks by
+    /// [`event_fd`](Self::event_fd). The transport then hands it the queues'
     /// kick eventfds (borrowed for the life of the device) before `activate`, and the event loop leaves
     /// them alone.
     fn owns_queue_events(&self) -> bool {

@@ -14,6 +14,8 @@ const CONFIG_CHANGE: u32 = 2;
 #[derive(Debug)]
 pub struct Interrupt {
     status: AtomicU32,
+    /// Bits that are set whatever the driver acknowledges.
+    always: AtomicU32,
     event: EventFd,
 }
 
@@ -22,6 +24,7 @@ impl Interrupt {
     pub fn new(event: EventFd) -> Self {
         Self {
             status: AtomicU32::new(0),
+            always: AtomicU32::new(0),
             event,
         }
     }
@@ -44,7 +47,14 @@ impl Interrupt {
 
     /// The status register.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.status.load(Ordering::SeqCst) | self.always.load(Ordering::SeqCst)
+    }
+
+    /// Whether the kernel signals the eventfd by itself when buffers were used. It does not set the bit then, so the
+    /// register has it set all the time: a driver that looks at its queues in vain finds them empty.
+    pub fn raised_by_kernel(&self, whether: bool) {
+        let bits = if whether { USED_BUFFER } else { 0 };
+        self.always.store(bits, Ordering::SeqCst);
     }
 
     /// Sets the status register of a restored device.

@@ -4,14 +4,21 @@
 //! front: the kernel's tun driver speaks it too, so checksum and segmentation work is passed through
 //! untouched. There is no control queue: address and link are fixed from outside.
 //!
+//! An interface that comes with `/dev/vhost-net` has its rings served by the kernel, which does the same without a way
+//! through this process; it is told where rings and guest memory are. The driver sees no difference.
+//!
 //! Interfaces come and go while the VM runs. The place of one that is not there holds device id 0, which
 //! virtio defines as no device: the driver passes it by at boot for the price of three register reads, and
 //! takes it when it is told to look again.
 
 mod device;
 mod frames;
+mod kernel;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
+mod watch;
 
 pub use device::{Net, NetError, NetState, SlotError};
+pub use vhost::VhostError;

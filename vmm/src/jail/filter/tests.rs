@@ -303,3 +303,50 @@ fn arguments_are_checked() {
         );
     }
 }
+
+#[test]
+fn a_network_device_on_the_kernels_server_can_start_stop_and_pause() {
+    // linux/vhost.h: what a driver's start and reset take, then what is done with nothing but requests.
+    let of_drivers = [
+        0x4008_af00,
+        0x4008_af03,
+        0x4008_af10,
+        0x4028_af11,
+        0x4008_af12,
+        0x4008_af20,
+        0x4008_af21,
+        0x4008_af22,
+        0x4008_af30,
+    ];
+    let of_requests = [0x8008_af00, 0xaf01, 0xc008_af12];
+    let answer = |thread, number| answer_to(thread, libc::SYS_ioctl, &[9, number, 0]);
+    for number in of_drivers {
+        for thread in [Thread::Vcpu, Thread::Main] {
+            assert_eq!(
+                answer(thread, number),
+                libc::SECCOMP_RET_ALLOW,
+                "{thread:?} {number:#x}"
+            );
+        }
+    }
+    for number in of_requests {
+        assert_eq!(
+            answer(Thread::Main, number),
+            libc::SECCOMP_RET_ALLOW,
+            "{number:#x}"
+        );
+        assert_eq!(
+            answer(Thread::Vcpu, number),
+            libc::SECCOMP_RET_KILL_PROCESS,
+            "{number:#x}"
+        );
+    }
+    // VHOST_SET_LOG_BASE, VHOST_SET_BACKEND_FEATURES.
+    for number in [0x4008_af04, 0x4008_af25] {
+        assert_eq!(
+            answer(Thread::Main, number),
+            libc::SECCOMP_RET_KILL_PROCESS,
+            "{number:#x}"
+        );
+    }
+}

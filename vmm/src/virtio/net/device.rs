@@ -13,7 +13,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::frames::{Active, HEADER_SIZE, MAX_SEGMENT};
+use super::kernel::KernelRings;
 use super::tap::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
+use super::vhost::{Vhost, VhostError};
 use crate::virtio::queue::{DeviceQueue, DeviceQueueState, RING_FEATURES};
 use crate::virtio::{Activation, DeviceError, DeviceState, RestoreError, Turn, VirtioDevice, config};
 
@@ -23,7 +25,6 @@ const DEVICE_TYPE: u32 = 1;
 const NO_DEVICE: u32 = 0;
 /// Receive and transmit queue (virtio 1.2, 5.1.2).
 const QUEUE_SIZES: [u16; 2] = [256, 256];
-const RX: usize = 0;
 const TX: usize = 1;
 
 /// Everything the device offers. UFO is left out, Linux guests no longer produce it; so is the MTU, which a
@@ -40,8 +41,11 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_MAC;
 
 /// Poller's names of its descriptors.
-const TAP: u64 = 0;
+pub(super) const TAP: u64 = 0;
 const WAKE: u64 = 1;
+pub(super) const ERRORS: u64 = 2;
+/// The first queue's kicks; the others follow.
+pub(super) const KICK: u64 = 3;
 
 /// Why a network device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +62,9 @@ pub enum NetError {
     /// Below 68, the least IPv4 allows (RFC 791).
     #[error("MTU {0} is too small")]
     Mtu(u16),
+    /// The kernel's server.
+    #[error("Cannot use vhost-net; \"vhost_net\": false in the configuration does without")]
+    Vhost(#[source] VhostError),
 }
 
 /// Why a network slot cannot be filled or emptied.
@@ -78,19 +85,27 @@ pub enum SlotError {
 #[derive(Debug)]
 pub struct Net {
     name: String,
-    slot: u32,
-    wire: Option<Wire>,
-    poller: Epoll,
-    wake: EventFd,
+    pub(super) slot: u32,
+    pub(super) wire: Option<Wire>,
+    /// Who serves the rings; none: this process.
+    pub(super) vhost: Option<Vhost>,
+    pub(super) poller: Epoll,
+    pub(super) wake: EventFd,
+    /// The driver's kicks, by queue.
+    pub(super) kicks: Vec<EventFd>,
+    /// Between activation and reset one of the two.
     active: Option<Active>,
+    pub(super) kernel: Option<KernelRings>,
+    /// Why the device has to stop, found where nobody could be told.
+    pub(super) failure: Option<DeviceError>,
 }
 
 /// What makes a slot an interface.
 #[derive(Debug)]
-struct Wire {
+pub(super) struct Wire {
     mac: [u8; 6],
     mtu: u16,
-    tap: Tap,
+    pub(super) tap: Tap,
 }
 
 /// What a snapshot keeps.
@@ -122,9 +137,13 @@ impl Net {
             name: format!("net{slot}"),
             slot,
             wire: None,
+            vhost: None,
             poller,
             wake,
+            kicks: Vec::new(),
             active: None,
+            kernel: None,
+            failure: None,
         })
     }
 
@@ -152,15 +171,16 @@ impl Net {
             return Err(NetError::Mtu(mtu));
         }
         let tap = Tap::new(tap).map_err(NetError::Tap)?;
-        let edges = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        self.poller
-            .ctl(
-                ControlOperation::Add,
-                tap.as_raw_fd(),
-                EpollEvent::new(edges, TAP),
-            )
-            .map_err(NetError::Poller)?;
+        self.watch_tap(&tap).map_err(NetError::Poller)?;
         Ok(Wire { mac, mtu, tap })
+    }
+
+    /// The queues are not touched again until the next activation.
+    fn stop(&mut self) {
+        self.active = None;
+        self.stop_kernel();
+        self.unwatch();
+        self.failure = None;
     }
 
     /// Empties the slot and closes its tap. A driver that still has the device finds it dead.
@@ -168,14 +188,12 @@ impl Net {
     /// # Errors
     /// See [`SlotError`].
     pub fn detach(&mut self) -> Result<(), SlotError> {
-        let wire = self.wire.take().ok_or(SlotError::Empty(self.slot))?;
-        self.active = None;
-        // Closing alone would leave the watch behind if another process shared the description.
-        let _ = self.poller.ctl(
-            ControlOperation::Delete,
-            wire.tap.as_raw_fd(),
-            EpollEvent::default(),
-        );
+        if self.wire.is_none() {
+            return Err(SlotError::Empty(self.slot));
+        }
+        self.stop();
+        self.close_kernel();
+        self.wire = None;
         Ok(())
     }
 
@@ -186,6 +204,9 @@ impl Net {
         if let Some(active) = &mut self.active {
             active.release();
             queues = vec![active.rx.save(), active.tx.save()];
+        }
+        if let Some(rings) = &self.kernel {
+            queues = rings.save();
         }
         NetState {
             wire: self.wire.as_ref().map(|wire| (wire.mac, wire.mtu)),
@@ -215,32 +236,51 @@ impl Net {
                 Ok(())
             }
             Err(error) => {
-                // The queues are not touched again.
-                self.active = None;
+                self.stop();
                 Err(error)
             }
         }
     }
 
+    /// The driver has kicked a queue.
+    fn kicked(&mut self, index: usize) {
+        if let (TX, Some(active)) = (index, &mut self.active) {
+            active.tx_filled = true;
+        }
+    }
+
     /// Makes the event descriptor readable.
-    fn wake(&self) {
+    pub(super) fn wake(&self) {
         // It can fail only if the counter is full: then it is readable.
         let _ = self.wake.write(1);
     }
 
     fn poll(&mut self) -> io::Result<()> {
-        let mut ready = [EpollEvent::default(); 2];
+        let mut ready = [EpollEvent::default(); 8];
         let count = match self.poller.wait(0, &mut ready) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
         for event in &ready[..count] {
-            if event.data() == WAKE {
-                let _ = self.wake.read();
-            } else if let Some(active) = &mut self.active {
-                active.readable = true;
-                active.writable = true;
+            match event.data() {
+                WAKE => {
+                    let _ = self.wake.read();
+                }
+                TAP => {
+                    if let Some(active) = &mut self.active {
+                        active.readable = true;
+                        active.writable = true;
+                    }
+                }
+                ERRORS => self.ring_broken(),
+                kick => {
+                    let index = (kick - KICK) as usize;
+                    if let Some(event) = self.kicks.get(index) {
+                        let _ = event.read();
+                    }
+                    self.kicked(index);
+                }
             }
         }
         Ok(())
@@ -292,15 +332,19 @@ impl VirtioDevice for Net {
         wire.tap
             .configure(offloads, HEADER_SIZE)
             .map_err(DeviceError::Backend)?;
-        let payload = if tso4 || tso6 {
-            MAX_SEGMENT
-        } else {
-            usize::from(wire.mtu)
+        let mtu = usize::from(wire.mtu);
+        let Some(activation) = self.start_kernel(activation)? else {
+            return Ok(());
         };
+        let payload = if tso4 || tso6 { MAX_SEGMENT } else { mtu };
         let queues = DeviceQueue::from_activation(activation);
         let Ok([rx, tx]) = <[DeviceQueue; 2]>::try_from(queues) else {
             return Err(DeviceError::Protocol("network device needs two queues"));
         };
+        if let Err(error) = self.watch() {
+            self.unwatch();
+            return Err(DeviceError::Backend(error));
+        }
         self.active = Some(Active::new(rx, tx, payload, has(VIRTIO_NET_F_MRG_RXBUF)));
         // This is a vCPU thread: frames are for the device thread.
         self.wake();
@@ -308,15 +352,11 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        self.active = None;
+        self.stop();
     }
 
     fn process_queue(&mut self, index: usize) -> Result<Turn, DeviceError> {
-        match (index, &mut self.active) {
-            (TX, Some(active)) => active.tx_filled = true,
-            (RX, Some(_)) => {}
-            _ => return Ok(Turn::Done),
-        }
+        self.kicked(index);
         // It wakes itself when there is more.
         self.serve().map(|()| Turn::Done)
     }
@@ -326,8 +366,30 @@ impl VirtioDevice for Net {
     }
 
     fn process_event(&mut self) -> Result<(), DeviceError> {
-        self.poll().map_err(DeviceError::Backend)?;
+        let polled = self.poll().map_err(DeviceError::Backend);
+        if let Some(error) = self.failure.take().or(polled.err()) {
+            self.stop();
+            return Err(error);
+        }
         self.serve()
+    }
+
+    /// Kicks are for the kernel when it serves the rings, and only the device knows whether it does.
+    fn owns_queue_events(&self) -> bool {
+        true
+    }
+
+    fn set_queue_events(&mut self, events: Vec<EventFd>) {
+        self.kicks = events;
+    }
+
+    /// The kernel's worker is not stopped with the event loop.
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        self.pause_kernel()
+    }
+
+    fn resume(&mut self) {
+        self.resume_kernel();
     }
 
     fn save_state(&mut self) -> DeviceState {
