@@ -88,10 +88,8 @@ impl Machine {
     /// # Errors
     /// [`SnapshotError`].
     pub fn list_written(&self, list: &File, pagemap: &File) -> Result<(), SnapshotError> {
-        if self.origin.is_none() {
-            return Err(SnapshotError::NotRestored);
-        }
-        written::write(&self.ram, pagemap, list).map_err(SnapshotError::Written)
+        let memory = self.origin.as_ref().ok_or(SnapshotError::NotRestored)?;
+        written::write(&self.ram, memory, pagemap, list).map_err(SnapshotError::Written)
     }
 }
 

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use kvm_ioctls::VcpuFd;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryError, data};
 
 /// Most bytes that a list is followed for: so much memory each guest takes at once.
 pub const MOST: u64 = 16 << 20;
@@ -47,6 +47,9 @@ pub enum WrittenError {
     /// A region is not mapped.
     #[error("Cannot find guest memory")]
     Address(#[source] vm_memory::GuestMemoryError),
+    /// Looking for the data of the memory file.
+    #[error("Cannot list the data of the memory file")]
+    Data(#[source] MemoryError),
     /// Looking for memory that was written.
     #[error("Cannot read the pagemap of this process")]
     Pagemap(#[source] io::Error),
@@ -55,11 +58,12 @@ pub enum WrittenError {
     Write(#[source] io::Error),
 }
 
-/// Writes the list of what was written of the memory that a guest has at its start into `list`, which is empty.
+/// Writes the list of what was written of `ram`, the memory that a guest has at its start, into `list`, which is empty.
+/// What `memory`, the memory file it began from, has no data for is left out: the host gives that in larger pieces.
 ///
 /// # Errors
 /// [`WrittenError`].
-pub fn write(ram: &GuestMemory, pagemap: &File, list: &File) -> Result<(), WrittenError> {
+pub fn write(ram: &GuestMemory, memory: &File, pagemap: &File, list: &File) -> Result<(), WrittenError> {
     let mut bytes = Vec::new();
     let mut left = MOST;
     let mut start = 0;
@@ -67,16 +71,19 @@ pub fn write(ram: &GuestMemory, pagemap: &File, list: &File) -> Result<(), Writt
         let host = region
             .get_host_address(MemoryRegionAddress(0))
             .map_err(WrittenError::Address)? as u64;
-        let mut entries = vec![0; (region.len() / PAGE) as usize * PAGEMAP_ENTRY];
-        pagemap
-            .read_exact_at(&mut entries, host / PAGE * PAGEMAP_ENTRY as u64)
-            .map_err(WrittenError::Pagemap)?;
-        for run in runs(&entries) {
-            let length = (run.end - run.start).min(left);
-            if length > 0 {
-                bytes.extend((start + run.start).to_le_bytes());
-                bytes.extend(length.to_le_bytes());
-                left -= length;
+        for part in data(memory, start, start + region.len()).map_err(WrittenError::Data)? {
+            let mut entries = vec![0; ((part.end - part.start) / PAGE) as usize * PAGEMAP_ENTRY];
+            let first = (host + (part.start - start)) / PAGE;
+            pagemap
+                .read_exact_at(&mut entries, first * PAGEMAP_ENTRY as u64)
+                .map_err(WrittenError::Pagemap)?;
+            for run in runs(&entries) {
+                let length = (run.end - run.start).min(left);
+                if length > 0 {
+                    bytes.extend((part.start + run.start).to_le_bytes());
+                    bytes.extend(length.to_le_bytes());
+                    left -= length;
+                }
             }
         }
         start += region.len();
@@ -186,11 +193,13 @@ mod tests {
         let ram = map_file(64, &saved).unwrap();
         // Reading is no writing, of a page of the file.
         assert_eq!(ram.read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
-        for page in [2u64, 3, 1000] {
+        saved.write_all_at(&[1; 4096], 1000 * 4096).unwrap();
+        let ram = map_file(64, &saved).unwrap();
+        for page in [2u64, 3, 1000, 2000] {
             ram.write_obj(7u8, GuestAddress(page * 4096)).unwrap();
         }
         let list = file();
-        write(&ram, &File::open("/proc/self/pagemap").unwrap(), &list).unwrap();
+        write(&ram, &saved, &File::open("/proc/self/pagemap").unwrap(), &list).unwrap();
         let other = map_file(64, &saved).unwrap();
         let found: Vec<_> = places(&list, &other)
             .into_iter()
