@@ -208,6 +208,7 @@ impl Devices {
             | Request::Resume
             | Request::AddVcpus { .. }
             | Request::Snapshot { .. }
+            | Request::ListWritten { .. }
             | Request::Inspect => {}
         }
         self.vsock.process_event().expect("the device is not active");

@@ -121,6 +121,14 @@ pub enum Request {
         /// has been touched.
         pagemap: Fd,
     },
+    /// Lists the memory that a guest which began from a snapshot has written since, of what it had at its start. For
+    /// [`Start::Snapshot`].
+    ListWritten {
+        /// Empty regular file.
+        list: Fd,
+        /// As that of [`Request::Snapshot`].
+        pagemap: Fd,
+    },
     /// Last lines of the guest console and the state of the VM.
     Inspect,
 }
@@ -187,6 +195,8 @@ pub enum Start {
         state: Fd,
         /// Memory; mapped privately, so it must not change as long as the VM exists.
         memory: Fd,
+        /// A list that [`Request::ListWritten`] made: memory that the guest is expected to write soon.
+        written: Option<Fd>,
     },
 }
 

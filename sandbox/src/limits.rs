@@ -67,6 +67,9 @@ pub const COUNTERS: usize = 256;
 /// Longest name of a counter in bytes.
 pub const COUNTER_NAME: usize = 64;
 
+/// Bytes of a VMM's list of written memory: 16 for each of the pages that a guest is given at once, 16 MiB of them.
+pub const WRITTEN: usize = 64 << 10;
+
 /// Text of the guest or the VMM for a log or an error: at most `most` characters, on one line, with nothing that
 /// drives a terminal or changes the order of what is read.
 #[must_use]

@@ -23,6 +23,7 @@ use crate::snapshot::Snapshot;
 use crate::spec::Role;
 use crate::storage::SharedTree;
 use crate::streams::{ProcessStreams, StreamTable};
+use crate::template::Store;
 use crate::timeline::Timeline;
 use crate::vm::{Vm, VmEnd};
 
@@ -135,6 +136,8 @@ struct State {
     settle: Option<network::Settle>,
     /// How far the boot is.
     boot_step: Step,
+    /// The template it began from, when that has no list yet of the memory that guests write soon.
+    unlisted: Option<Store>,
 }
 
 struct Inner {
@@ -233,6 +236,7 @@ impl Sandbox {
                 places: Vec::new(),
                 settle: None,
                 boot_step: Step::VmmStarted,
+                unlisted: None,
             }),
             applied: tokio::sync::Mutex::new(machine.as_ref().map(resize::Applied::of).unwrap_or_default()),
             streams: StreamTable::default(),

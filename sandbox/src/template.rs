@@ -3,13 +3,13 @@
 //!
 //! A store is a directory that only its owner may enter. Each template is a directory in it, named after its [`Shape`],
 //! with the files `state` and `memory` of a snapshot and the shape itself as `shape.json`. It appears in one step, by
-//! a rename, and is never changed. One template is made at a time: its maker holds a lock on the store. Who makes one
+//! a rename, and is never changed, but for the list `written` that the first who begins there adds. One template is made at a time: its maker holds a lock on the store. Who makes one
 //! removes those that can never be used again.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -26,6 +26,7 @@ mod tests;
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const SHAPE: &str = "shape.json";
+const WRITTEN: &str = "written";
 
 /// End of the name of a template that is being made.
 const UNFINISHED: &str = ".new";
@@ -151,10 +152,12 @@ pub struct Template {
     pub state: File,
     /// Memory.
     pub memory: File,
+    /// Memory that guests which begin here have been seen to write soon; none: nobody has looked yet.
+    pub written: Option<File>,
 }
 
 /// Templates of one shape.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Store {
     directory: PathBuf,
     shape: Shape,
@@ -186,9 +189,15 @@ impl Store {
         check_owner(&self.directory)?;
         let open = |name| private::open(&path.join(name));
         let (state, memory) = (open(STATE)?, open(MEMORY)?);
+        // Without it the start takes longer.
+        let written = open(WRITTEN).ok();
         // The one that was not used for the longest time goes first. On a file system without that nothing is lost.
         let _ = File::open(&path).and_then(|directory| directory.set_modified(SystemTime::now()));
-        Ok(Some(Template { state, memory }))
+        Ok(Some(Template {
+            state,
+            memory,
+            written,
+        }))
     }
 
     /// Begins to make the template; `None` if it is there, or another process makes one.
@@ -225,8 +234,26 @@ impl Store {
         making.files = Some(Template {
             state: create(STATE)?,
             memory: create(MEMORY)?,
+            written: None,
         });
         Ok(Some(making))
+    }
+
+    /// Keeps a list of memory that guests write soon, for those to come. One that is there already is replaced.
+    ///
+    /// # Errors
+    /// [`TemplateError::File`].
+    pub fn keep_written(&self, list: &[u8]) -> Result<(), TemplateError> {
+        let path = self.path();
+        let unfinished = path.join(format!("{WRITTEN}.{}", std::process::id()));
+        let file = private::create(&unfinished)?;
+        let kept = file
+            .write_all_at(list, 0)
+            .and_then(|()| fs::rename(&unfinished, path.join(WRITTEN)));
+        kept.map_err(|error| {
+            let _ = fs::remove_file(&unfinished);
+            failed("write", &unfinished)(error).into()
+        })
     }
 
     /// Removes the template: it cannot be used.

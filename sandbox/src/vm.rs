@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -12,6 +14,7 @@ use bulkhead_protocol::control::{
     VMM_SOCKET_FD, VmConfig, VmmMessage,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -323,6 +326,28 @@ impl Vm {
         self.ask(request, fds.into_vec()).await
     }
 
+    /// Which memory the guest, which began from a snapshot, has written since: `None` if that is more than can be
+    /// used, in bytes for [`Start::Snapshot`](bulkhead_protocol::control::Start::Snapshot).
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub async fn list_written(&self) -> Result<Option<Vec<u8>>, VmError> {
+        let pagemap = PathBuf::from(format!("/proc/{}/pagemap", self.started.pid));
+        // In memory, and copied: tenants' code has run beside the VMM, which may keep its descriptor.
+        let list = memfd_create(c"written", MemFdCreateFlag::MFD_CLOEXEC);
+        let list = File::from(list.map_err(|errno| VmError::Descriptor(errno.into()))?);
+        let mut fds = Descriptors::default();
+        let request = Request::ListWritten {
+            list: fds.add(list.try_clone().map_err(VmError::Descriptor)?.into()),
+            pagemap: fds.add(open_for_vm("the VMM's pagemap", &pagemap, false)?),
+        };
+        self.ask(request, fds.into_vec()).await?;
+        let mut bytes = vec![0; limits::WRITTEN + 1];
+        let length = list.read_at(&mut bytes, 0).map_err(VmError::Descriptor)?;
+        bytes.truncate(length);
+        Ok((length <= limits::WRITTEN).then_some(bytes))
+    }
+
     /// What the VMM says about its VM, within `limit`.
     ///
     /// # Errors
@@ -376,6 +401,7 @@ fn name(request: &Request) -> &'static str {
         Request::AddVcpus { .. } => "add vcpus",
         Request::SetMemory { .. } => "set memory",
         Request::Snapshot { .. } => "snapshot",
+        Request::ListWritten { .. } => "list written",
         Request::Inspect => "inspect",
     }
 }

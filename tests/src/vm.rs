@@ -81,6 +81,7 @@ impl Vm {
         let start = Start::Snapshot {
             state: Fd(3),
             memory: Fd(4),
+            written: None,
         };
         let files = vec![clone(&snapshot.state), clone(&snapshot.memory)];
         let mut vm = Self::launch();

@@ -67,6 +67,8 @@ pub struct Machine {
     /// Numbers of the MSRs that a snapshot holds.
     msrs: Vec<u32>,
     bus: Arc<Bus>,
+    /// What the guest had of memory at its start.
+    ram: GuestMemory,
     /// The memory file that the VM was made from.
     origin: Option<File>,
     vm: VmFd,
@@ -114,10 +116,17 @@ impl Machine {
                 let command_line = command_line.clone();
                 Origin::Kernel { file, command_line }
             }
-            Start::Snapshot { state, memory } => {
+            Start::Snapshot {
+                state,
+                memory,
+                written,
+            } => {
                 let state = File::from(take("state", *state)?);
                 let memory = File::from(take("memory", *memory)?);
-                Origin::Snapshot(Box::new(Saved::load(state, memory, config, &image, &supported)?))
+                let written = written.map(|list| take("written", list).map(File::from));
+                let mut saved = Saved::load(state, memory, config, &image, &supported)?;
+                saved.expect_written(written.transpose()?);
+                Origin::Snapshot(Box::new(saved))
             }
         };
 
@@ -195,7 +204,10 @@ impl Machine {
                 mptable::write(&ram, config.max_vcpus).map_err(BuildError::MpTable)?;
                 registers::set_entry(&vcpus[0], entry).map_err(BuildError::Registers)?;
             }
-            (Origin::Snapshot(saved), _) => saved.restore(&vm, &vcpus, &transports)?,
+            (Origin::Snapshot(saved), _) => {
+                saved.restore(&vm, &vcpus, &transports)?;
+                saved.prepare_memory(&ram, &vcpus[0]);
+            }
             (Origin::Kernel { .. }, None) => {}
         }
 
@@ -248,6 +260,7 @@ impl Machine {
             supported,
             msrs,
             bus,
+            ram,
             origin,
             vm,
             image,

@@ -125,7 +125,10 @@ pub fn map_over(address: u64, length: u64, file: &File, offset: u64) -> Result<(
 }
 
 /// Parts of `file` between two offsets that have data, and the short holes between them: each part is a mapping.
-fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, MemoryError> {
+///
+/// # Errors
+/// [`MemoryError::Data`].
+pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, MemoryError> {
     let seek = |from: u64, whence| match lseek64(file.as_raw_fd(), from as i64, whence) {
         Ok(found) => Ok(found.unsigned_abs().min(end)),
         // Nothing but a hole up to the end.

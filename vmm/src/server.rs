@@ -289,6 +289,13 @@ impl<'a> Server<'a> {
                     .save(&mut state, &memory, &pagemap)
                     .map_err(|error| text(&error))?;
             }
+            Request::ListWritten { list, pagemap } => {
+                let list = take_fd(request, "list", list).map_err(|error| text(&error))?;
+                let pagemap = take_fd(request, "pagemap", pagemap).map_err(|error| text(&error))?;
+                self.machine
+                    .list_written(&list.into(), &pagemap.into())
+                    .map_err(|error| text(&error))?;
+            }
             Request::Inspect => return Ok(Some(Reply::Inspected(self.inspect()))),
         }
         Ok(Some(Reply::Done))

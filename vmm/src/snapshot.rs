@@ -17,6 +17,7 @@ pub mod memory;
 mod processor;
 #[cfg(test)]
 mod tests;
+pub mod written;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};

@@ -29,7 +29,11 @@ fn share() -> impl Strategy<Value = Share> {
 fn start() -> impl Strategy<Value = Start> {
     prop_oneof![
         (fd(), ".{0,60}").prop_map(|(kernel, command_line)| Start::Kernel { kernel, command_line }),
-        (fd(), fd()).prop_map(|(state, memory)| Start::Snapshot { state, memory }),
+        (fd(), fd(), proptest::option::of(fd())).prop_map(|(state, memory, written)| Start::Snapshot {
+            state,
+            memory,
+            written,
+        }),
     ]
 }
 
@@ -94,6 +98,7 @@ fn request() -> impl Strategy<Value = Request> {
             memory,
             pagemap,
         }),
+        (fd(), fd()).prop_map(|(list, pagemap)| Request::ListWritten { list, pagemap }),
         Just(Request::Inspect),
     ]
 }

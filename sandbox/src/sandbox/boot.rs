@@ -66,8 +66,14 @@ impl Sandbox {
         if let Some(store) = &store
             && let Some(template) = self.find_template(store)
         {
+            let listed = template.written.is_some();
             match self.begin(Origin::Template(template)).await {
-                Ok(guest) => return self.connect(guest).await,
+                Ok(guest) => {
+                    if !listed {
+                        self.lock().unlisted = Some(store.clone());
+                    }
+                    return self.connect(guest).await;
+                }
                 Err(error @ Error::Step(..)) => return Err(error),
                 // Whoever ended it may end the next as well; the template is not tried again.
                 Err(error @ Error::Ended(_)) => {
@@ -268,12 +274,17 @@ impl Sandbox {
             Origin::Template(template) => Start::Snapshot {
                 state: fds.add(template.state.try_clone().map_err(VmError::Descriptor)?.into()),
                 memory: fds.add(template.memory.try_clone().map_err(VmError::Descriptor)?.into()),
+                written: match &template.written {
+                    Some(list) => Some(fds.add(list.try_clone().map_err(VmError::Descriptor)?.into())),
+                    None => None,
+                },
             },
             Origin::Snapshot(restore) => {
                 let snapshot = restore.snapshot();
                 Start::Snapshot {
                     state: fds.add(snapshot.state.try_clone().map_err(VmError::Descriptor)?.into()),
                     memory: fds.add(snapshot.memory.try_clone().map_err(VmError::Descriptor)?.into()),
+                    written: None,
                 }
             }
         };

@@ -127,6 +127,29 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Lists, for later pods of the template, what this one's guest has written up to its first container. What goes
+    /// wrong costs them time, and nobody else anything.
+    pub(super) fn list_written(&self) {
+        let (store, vm) = {
+            let mut state = self.lock();
+            (state.unlisted.take(), state.vm.clone())
+        };
+        let (Some(store), Some(vm)) = (store, vm) else {
+            return;
+        };
+        let id = self.0.id.clone();
+        tokio::spawn(async move {
+            let kept = match vm.list_written().await {
+                Ok(Some(list)) => store.keep_written(&list).map_err(|error| chain(&error)),
+                Ok(None) => Err("it is too long".to_owned()),
+                Err(error) => Err(chain(&error)),
+            };
+            if let Err(error) = kept {
+                log::debug!("sandbox {id} leaves no list of written memory: {error}");
+            }
+        });
+    }
+
     /// Ends a VM that did not come to use. What it was given is given to the next.
     pub(super) async fn give_up_vm(&self) {
         let Some(vm) = self.lock().vm.take() else {

@@ -107,6 +107,24 @@ fn what_was_written_is_found_by_its_shape_alone() {
 }
 
 #[test]
+fn a_list_of_written_memory_is_added_and_goes_with_its_template() {
+    let scratch = Scratch::new("written");
+    let store = scratch.store(|_| {});
+    // Of a template that is gone meanwhile.
+    assert!(store.keep_written(&[1; 16]).is_err());
+    make(&store);
+    assert!(store.find().unwrap().unwrap().written.is_none());
+    for list in [[1; 16], [2; 16]] {
+        store.keep_written(&list).unwrap();
+        let found = store.find().unwrap().unwrap();
+        assert_eq!(read(found.written.unwrap()).as_bytes(), list);
+    }
+    assert_eq!(fs::read_dir(store.path()).unwrap().count(), 4);
+    store.discard();
+    assert!(!store.path().exists());
+}
+
+#[test]
 fn one_is_made_at_a_time_and_an_unfinished_one_is_not_seen() {
     let scratch = Scratch::new("race");
     let (store, other) = (scratch.store(|_| {}), scratch.store(|shape| shape.vcpus = 2));

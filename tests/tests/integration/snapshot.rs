@@ -112,6 +112,7 @@ impl Host<'_> {
             Some(files) => Start::Snapshot {
                 state: fds.add(files.state.try_clone().unwrap().into()),
                 memory: fds.add(files.memory.try_clone().unwrap().into()),
+                written: None,
             },
         };
         let vm_config = VmConfig {

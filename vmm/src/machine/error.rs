@@ -5,6 +5,7 @@ use bulkhead_protocol::control::ChannelError;
 use crate::arch::state::StateError;
 use crate::arch::{kernel, layout, mptable, registers};
 use crate::snapshot::memory::MemoryFileError;
+use crate::snapshot::written::WrittenError;
 use crate::snapshot::{LoadError, SaveError};
 use crate::virtio::block::DiskError;
 use crate::virtio::fs::FsError;
@@ -150,4 +151,10 @@ pub enum SnapshotError {
     /// Memory file.
     #[error("Cannot save guest memory")]
     Memory(#[source] MemoryFileError),
+    /// It booted.
+    #[error("The VM did not begin from a snapshot")]
+    NotRestored,
+    /// List of written memory.
+    #[error("Cannot list written memory")]
+    Written(#[source] WrittenError),
 }

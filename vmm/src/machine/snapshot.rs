@@ -17,7 +17,7 @@ use crate::arch::layout;
 use crate::console::{Console, Ring};
 use crate::memory::{self, GuestMemory, Image, MemoryError};
 use crate::snapshot::{
-    DeviceState, LoadError, MachineState, Processor, SavedDevice, Shape, memory as memory_file,
+    DeviceState, LoadError, MachineState, Processor, SavedDevice, Shape, memory as memory_file, written,
 };
 use crate::virtio::RestoreError;
 use crate::virtio::mmio::MmioTransport;
@@ -82,6 +82,17 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Lists what the guest has written since it began from a snapshot, in an empty file. `pagemap` is this process's.
+    ///
+    /// # Errors
+    /// [`SnapshotError`].
+    pub fn list_written(&self, list: &File, pagemap: &File) -> Result<(), SnapshotError> {
+        let memory = self.origin.as_ref().ok_or(SnapshotError::NotRestored)?;
+        written::write(&self.ram, memory, pagemap, list).map_err(SnapshotError::Written)
+    }
+}
+
 /// The interrupt controllers, to be read.
 fn interrupt_controllers() -> [kvm_irqchip; 3] {
     [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC].map(|chip_id| kvm_irqchip {
@@ -94,6 +105,8 @@ fn interrupt_controllers() -> [kvm_irqchip; 3] {
 pub(super) struct Saved {
     state: MachineState,
     memory: File,
+    /// See [`written`].
+    written: Option<File>,
 }
 
 impl Saved {
@@ -106,7 +119,11 @@ impl Saved {
         supported: &CpuId,
     ) -> Result<Self, BuildError> {
         let state = MachineState::read(&mut state).map_err(BuildError::Load)?;
-        let saved = Self { state, memory };
+        let saved = Self {
+            state,
+            memory,
+            written: None,
+        };
         saved.check(config, image, supported).map_err(BuildError::Load)?;
         let ram = u64::from(config.memory_mib) << 20;
         let wanted = ram.saturating_add(saved.state.added_memory);
@@ -128,6 +145,18 @@ impl Saved {
             .map_err(LoadError::Processor)?;
         RestoreError::check("number of vCPUs", &state.vcpus.len(), &usize::from(config.vcpus))
             .map_err(LoadError::Shape)
+    }
+
+    /// Gives a list of memory that the guest will write soon.
+    pub(super) fn expect_written(&mut self, list: Option<File>) {
+        self.written = list;
+    }
+
+    /// Prepares what is on that list, for `vcpu` has its state and has not run.
+    pub(super) fn prepare_memory(&self, ram: &GuestMemory, vcpu: &VcpuFd) {
+        if let Some(list) = &self.written {
+            written::prepare(list, ram, vcpu);
+        }
     }
 
     /// The memory file, which untouched memory still is in.
