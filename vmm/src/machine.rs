@@ -206,7 +206,7 @@ impl Machine {
             }
             (Origin::Snapshot(saved), _) => {
                 saved.restore(&vm, &vcpus, &transports)?;
-                saved.prepare_memory(&ram, &vcpus[0]);
+                saved.prepare_memory(&ram);
             }
             (Origin::Kernel { .. }, None) => {}
         }

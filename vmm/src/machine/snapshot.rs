@@ -152,10 +152,10 @@ impl Saved {
         self.written = list;
     }
 
-    /// Prepares what is on that list, for `vcpu` has its state and has not run.
-    pub(super) fn prepare_memory(&self, ram: &GuestMemory, vcpu: &VcpuFd) {
+    /// Prepares what is on that list.
+    pub(super) fn prepare_memory(&self, ram: &GuestMemory) {
         if let Some(list) = &self.written {
-            written::prepare(list, ram, vcpu);
+            written::prepare(list, ram);
         }
     }
 

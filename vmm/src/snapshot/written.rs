@@ -1,17 +1,15 @@
 //! Which memory a guest wrote soon after it began from a snapshot. The next one that begins there will write most of it
-//! as well, so it is made its own, and mapped, before the guest runs: page by page, with an exit of the vCPU for each,
-//! that takes several times as long.
+//! as well, so it gets copies of these pages before it runs: page by page a guest reads, then writes, and what was
+//! mapped is no longer valid when the page has been copied, with an exit of the vCPU each time.
 //!
 //! The list is a file of pairs of 64-bit words, little endian: the offset in the memory file, and the length in bytes.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use kvm_ioctls::VcpuFd;
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::memory::{GuestMemory, MemoryError, data};
 
@@ -28,18 +26,6 @@ const MOST_ENTRIES: u64 = MOST / PAGE;
 const PAGEMAP_ENTRY: usize = 8;
 const PRESENT: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
-
-/// `struct kvm_pre_fault_memory` (Linux Documentation/virt/kvm/api.rst, 4.143).
-#[repr(C)]
-#[derive(Debug, Default)]
-struct PreFault {
-    gpa: u64,
-    size: u64,
-    flags: u64,
-    padding: [u64; 5],
-}
-
-nix::ioctl_readwrite!(pre_fault_memory, 0xae, 0xd5, PreFault);
 
 /// Why a list could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -107,34 +93,26 @@ fn runs(pagemap: &[u8]) -> Vec<Range<u64>> {
     runs
 }
 
-/// Makes what a list names memory of this process's own, and maps it for the guest. What the host does not do, or the
-/// list does not say right, is left to the guest's first access.
-pub fn prepare(list: &File, ram: &GuestMemory, vcpu: &VcpuFd) {
-    let mut maps = true;
-    for (address, host, length) in places(list, ram) {
+/// Makes what a list names memory of this process's own. What the host does not do, or the list does not say right, is
+/// left to the guest's first access.
+pub fn prepare(list: &File, ram: &GuestMemory) {
+    for (start, length) in places(list, ram) {
         // SAFETY: the range is guest memory, of which there are no Rust references, and its content does not change.
-        let own = unsafe {
+        if unsafe {
             libc::madvise(
-                host as *mut libc::c_void,
+                start as *mut libc::c_void,
                 length as usize,
                 libc::MADV_POPULATE_WRITE,
             )
-        };
-        if own != 0 {
+        } != 0
+        {
             return;
         }
-        let mut range = PreFault {
-            gpa: address.0,
-            size: length,
-            ..PreFault::default()
-        };
-        // SAFETY: the struct is of the ioctl's kind and lives during the call, which maps memory of this VM only.
-        maps = maps && unsafe { pre_fault_memory(vcpu.as_raw_fd(), &raw mut range) }.is_ok();
     }
 }
 
-/// Guest-physical address, address in this process and length in bytes of each entry that lies in `ram`.
-fn places(list: &File, ram: &GuestMemory) -> Vec<(GuestAddress, u64, u64)> {
+/// Address in this process and length in bytes of each entry that lies in `ram`.
+fn places(list: &File, ram: &GuestMemory) -> Vec<(u64, u64)> {
     let mut bytes = Vec::new();
     if list
         .take(MOST_ENTRIES * ENTRY as u64)
@@ -162,7 +140,7 @@ fn places(list: &File, ram: &GuestMemory) -> Vec<(GuestAddress, u64, u64)> {
                     }
                     let host = region.get_host_address(MemoryRegionAddress(inside)).ok()? as u64;
                     left -= length;
-                    return Some((GuestAddress(region.start_addr().0 + inside), host, length));
+                    return Some((host, length));
                 }
                 start += region.len();
             }
@@ -175,7 +153,7 @@ fn places(list: &File, ram: &GuestMemory) -> Vec<(GuestAddress, u64, u64)> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::tempfile::TempFile;
 
     use super::*;
@@ -201,9 +179,10 @@ mod tests {
         let list = file();
         write(&ram, &saved, &File::open("/proc/self/pagemap").unwrap(), &list).unwrap();
         let other = map_file(64, &saved).unwrap();
+        let start = other.get_host_address(GuestAddress(0)).unwrap() as u64;
         let found: Vec<_> = places(&list, &other)
             .into_iter()
-            .map(|(address, _, length)| (address.0, length))
+            .map(|(host, length)| (host - start, length))
             .collect();
         assert_eq!(found, [(2 * 4096, 2 * 4096), (1000 * 4096, 4096)]);
     }
