@@ -8,6 +8,7 @@
 
 mod measure;
 mod peers;
+mod picture;
 mod rows;
 mod table;
 
@@ -79,7 +80,7 @@ pub struct Arguments {
     /// Real time instead of counted instructions: quick, and good for no comparison
     #[arg(long)]
     real_time: bool,
-    /// Write the ratios down as those that later ones are compared with
+    /// Write the ratios down as those that later ones are compared with, and draw docs/start.svg
     #[arg(long, conflicts_with = "real_time")]
     record: bool,
 }
@@ -117,8 +118,8 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
         peers: &peers,
         out: &out,
     };
-    let (mut remarks, mut values, mut failed) = (Vec::new(), Values::new(), None);
-    parts.retain(|part| match bench.measure(*part, &mut remarks) {
+    let (mut remarks, mut starts, mut values, mut failed) = (Vec::new(), Vec::new(), Values::new(), None);
+    parts.retain(|part| match bench.measure(*part, &mut remarks, &mut starts) {
         Ok(more) => {
             values.extend(more);
             true
@@ -138,6 +139,11 @@ pub fn main(arguments: &Arguments) -> Result<ExitCode> {
     }
     if arguments.record {
         ratios.record(&ratios_file(), &rows, &parts, &values)?;
+        if !starts.is_empty() {
+            let file = workspace::path("docs/start.svg");
+            fs::write(&file, picture::draw(&starts))
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
     } else if !arguments.real_time {
         let verdict = ratios.judge(rows.of(&parts), &values)?;
         if !verdict.news.is_empty() {

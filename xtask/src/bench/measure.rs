@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::peers::Peers;
+use super::picture::{self, Start};
 use super::{Arguments, Part};
 use crate::cargo::Programs;
 use crate::host::{Artifacts, Host, IMAGE, Outcome, Run};
@@ -46,11 +47,12 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Measures a part; what is worth saying about how it went is added to `remarks`.
+    /// Measures a part; what is worth saying about how it went is added to `remarks`, and to `starts` what there is to
+    /// draw.
     ///
     /// # Errors
     /// A measurement fails, or no machine came to its end within the time limit.
-    pub fn measure(&self, part: Part, remarks: &mut Vec<String>) -> Result<Values> {
+    pub fn measure(&self, part: Part, remarks: &mut Vec<String>, starts: &mut Vec<Start>) -> Result<Values> {
         let files = self.out.join(part.name());
         let transcript = self.out.join(format!("{}.transcript", part.name()));
         let mut run = self.run(part)?;
@@ -64,8 +66,13 @@ impl Bench<'_> {
         let text = fs::read_to_string(&transcript).context("cannot read the benchmark's output")?;
         let mut values = parse(&text)?;
         if part == Part::Containers {
-            for kind in ["template", "cold"] {
-                for timeline in timelines(&files.join("timeline").join(kind))? {
+            for (kind, title) in [("cold", "Boots"), ("template", "Goes on from a template")] {
+                let timelines = timelines(&files.join("timeline").join(kind))?;
+                starts.push(Start {
+                    title,
+                    phases: picture::phases(&timelines[0])?,
+                });
+                for timeline in timelines {
                     values
                         .entry(format!("{kind}_agent_ready"))
                         .or_default()
