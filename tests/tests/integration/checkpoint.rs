@@ -124,6 +124,32 @@ fn a_container_goes_on_from_its_snapshot_and_so_do_its_forks() {
 }
 
 #[test]
+fn containerds_client_saves_a_container_and_ends_it() {
+    let store = Store::new("checkpoint-ctr");
+    let source = store.run("source", None, &["sh", "-c", COUNT]);
+    let aloud = source.start_for(120);
+    aloud.wait_for("tick 5");
+    let before = store.count(&source.id);
+    let directory = store.snapshots.join("one");
+    // The client pauses the task before it asks.
+    let command = [
+        "tasks",
+        "checkpoint",
+        "--exit",
+        "--image-path",
+        directory.to_str().unwrap(),
+        &source.id,
+    ];
+    let _ = store.test.ctr(&command).text();
+    let _ = aloud.finish().expect_code(137);
+    let clone = store.run("clone", Some("one"), &["ignored"]).detach();
+    let at = store.count(&clone);
+    assert!(at >= before, "{at}, the source was at {before}");
+    store.counts_beyond(&clone, at);
+    store.test.kill_and_remove(&clone);
+}
+
+#[test]
 fn what_is_on_a_disk_is_carried_as_well() {
     let store = Store::new("checkpoint-disk");
     let on_disk = |name: &str, from: Option<&str>| {
