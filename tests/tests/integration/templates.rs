@@ -111,7 +111,11 @@ fn clones_of_one_template_have_nothing_of_their_own_in_common() {
     assert_eq!(store.names().len(), 1);
     // The first that began there told which memory those after it will write.
     let list = fs::read(store.templates.join(&store.names()[0]).join("written")).unwrap();
-    assert!(!list.is_empty() && list.len() % 16 == 0, "{} bytes", list.len());
+    assert!(
+        !list.is_empty() && list.len().is_multiple_of(16),
+        "{} bytes",
+        list.len()
+    );
     for key in ["boot_id", "uuid", "urandom", "getrandom", "sequence", "hostname"] {
         let values: HashSet<String> = reports.iter().map(|report| report[key].to_string()).collect();
         assert_eq!(values.len(), 3, "{key}: {values:?}");
