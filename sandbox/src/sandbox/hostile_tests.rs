@@ -186,6 +186,7 @@ async fn a_flood_of_lies_is_told_once_or_not_at_all() {
         exited("a", "", u32::MAX),
     ];
     let lies: Vec<u8> = lies.iter().flat_map(|event| data(stream, event)).collect();
+    let begin = std::time::Instant::now();
     for _ in 0..4000 {
         assert!(hostile.agent.send(&lies).await);
     }
@@ -195,8 +196,10 @@ async fn a_flood_of_lies_is_told_once_or_not_at_all() {
     assert_eq!(exit.status, 3);
     let told = &hostile.told;
     let oom = told.count(|event| matches!(event, SandboxEvent::OutOfMemory { .. }));
+    // So many at once, and one a second: a busy machine takes its time over the flood.
+    let seconds = begin.elapsed().as_secs() as usize + 1;
     assert!(
-        (1..=crate::limits::OOM_EVENTS as usize + 20).contains(&oom),
+        (1..=crate::limits::OOM_EVENTS as usize + seconds).contains(&oom),
         "{oom} times out of memory"
     );
     let exits = told.count(|event| matches!(event, SandboxEvent::Exited { .. }));
