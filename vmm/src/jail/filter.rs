@@ -79,6 +79,9 @@ const fn answer(action: u32) -> libc::sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
 }
 
+/// So many numbers are compared one by one: the shorter the program, the sooner the kernel has translated it.
+const FEW: usize = 8;
+
 const ALLOW: libc::sock_filter = answer(libc::SECCOMP_RET_ALLOW);
 const KILL: libc::sock_filter = answer(libc::SECCOMP_RET_KILL_PROCESS);
 
@@ -105,27 +108,46 @@ fn compile<'a>(rules: impl Iterator<Item = &'a Rule>) -> Vec<libc::sock_filter> 
 
 /// Goes to the part that belongs to the number. It ends the program.
 fn search(calls: &[(u32, Vec<libc::sock_filter>)]) -> Vec<libc::sock_filter> {
-    match calls {
-        [] => vec![KILL],
-        [(number, body)] => {
-            let mut program = vec![equal(*number, 1, 0), KILL];
+    if let Some(few) = compare(calls) {
+        return few;
+    }
+    let (low, high) = calls.split_at(calls.len() / 2);
+    let first = high[0].0;
+    let (low, high) = (search(low), search(high));
+    // Only a jump that has no condition goes further than 255 instructions.
+    let over = instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, low.len() as u32);
+    let mut program = vec![at_least(first, 0, 1), over];
+    program.extend(low);
+    program.extend(high);
+    program
+}
+
+/// Compares the number with a few, one after the other; `None`: there are too many, or jumps would be too far.
+fn compare(calls: &[(u32, Vec<libc::sock_filter>)]) -> Option<Vec<libc::sock_filter>> {
+    if calls.len() > FEW {
+        return None;
+    }
+    let free = |body: &[libc::sock_filter]| body.len() == 1 && body[0].k == libc::SECCOMP_RET_ALLOW;
+    let length: usize = calls
+        .iter()
+        .map(|(_, body)| if free(body) { 1 } else { 1 + body.len() })
+        .sum();
+    if length > usize::from(u8::MAX) && calls.len() > 1 {
+        return None;
+    }
+    let mut program = Vec::with_capacity(length + 2);
+    for (number, body) in calls {
+        if free(body) {
+            // Over the rest and the end, to the answer that they share.
+            let far = length - program.len();
+            program.push(equal(*number, far as u8, 0));
+        } else {
+            program.push(equal(*number, 0, body.len() as u8));
             program.extend(body);
-            // None of the lines of this number has allowed it.
-            program.push(KILL);
-            program
-        }
-        several => {
-            let (low, high) = several.split_at(several.len() / 2);
-            let (low, high) = (search(low), search(high));
-            let first = several[several.len() / 2].0;
-            // Only a jump that has no condition goes further than 255 instructions.
-            let over = instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, low.len() as u32);
-            let mut program = vec![at_least(first, 0, 1), over];
-            program.extend(low);
-            program.extend(high);
-            program
         }
     }
+    program.extend([KILL, ALLOW]);
+    Some(program)
 }
 
 /// What follows when the number is the rule's. It ends the program or leaves the number loaded.
