@@ -116,6 +116,17 @@ impl Containerd {
         Client::new(self.directory.join("containerd.sock"))
     }
 
+    /// Removes the FIFOs of a container that `ctr` has left: it does so when its Delete meets a shim that has just died.
+    pub fn forget_fifos(&self, id: &str) {
+        let directories = fs::read_dir(FIFOS).into_iter().flatten().flatten();
+        for directory in directories.map(|entry| entry.path()) {
+            let of_id = |name: &str| directory.join(format!("{id}-{name}")).exists();
+            if ["stdin", "stdout", "stderr"].into_iter().any(of_id) {
+                fs::remove_dir_all(directory).expect("FIFOs");
+            }
+        }
+    }
+
     /// Its socket for plugins of the Node Resource Interface.
     #[must_use]
     pub fn nri_socket(&self) -> PathBuf {

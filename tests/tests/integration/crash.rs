@@ -139,6 +139,7 @@ fn shim_and_vmm_are_killed_while_the_container_starts() {
         });
         assert!(gone, "{:?}", test.task(&run.id));
         test.remove(&run.id);
+        test.containerd.forget_fifos(&run.id);
         test.expect_clean();
     }
 }
