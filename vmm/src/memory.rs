@@ -22,6 +22,10 @@ pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
 /// zeroes of some pages.
 const SHORT_HOLE: u64 = 64 << 10;
 
+/// Most parts of a memory file that are mapped: a process may have 65,530 mappings (`vm.max_map_count`), and where data lies
+/// is up to the guest.
+const MOST_PARTS: usize = 4096;
+
 /// Why memory could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -143,13 +147,27 @@ pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, Memory
             break;
         }
         let to = seek(from, Whence::SeekHole)?;
-        match parts.last_mut() {
-            Some(last) if from - last.end < SHORT_HOLE => last.end = to,
-            _ => parts.push(from..to),
-        }
+        join(&mut parts, from..to, SHORT_HOLE);
         position = to;
     }
+    let mut hole = SHORT_HOLE;
+    while parts.len() > MOST_PARTS {
+        hole *= 4;
+        let mut fewer = Vec::with_capacity(parts.len());
+        for part in parts {
+            join(&mut fewer, part, hole);
+        }
+        parts = fewer;
+    }
     Ok(parts)
+}
+
+/// Adds a part that lies behind the others, or makes the last one longer if the hole before it is shorter than `hole`.
+fn join(parts: &mut Vec<Range<u64>>, part: Range<u64>, hole: u64) {
+    match parts.last_mut() {
+        Some(last) if part.start - last.end < hole => last.end = part.end,
+        _ => parts.push(part),
+    }
 }
 
 fn map_part(address: u64, length: u64, file: &File, offset: u64) -> Result<(), MemoryError> {
@@ -299,6 +317,22 @@ mod tests {
             2,
             "nothing was made in the file"
         );
+    }
+
+    #[test]
+    fn data_in_many_places_is_mapped_in_few() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        let (step, count) = (2 * SHORT_HOLE, MOST_PARTS as u64 + 1);
+        file.set_len(step * count).unwrap();
+        for place in 0..count {
+            file.write_all_at(&[1; 4096], place * step).unwrap();
+        }
+        let parts = data(&file, 0, step * count).unwrap();
+        assert!(parts.len() <= MOST_PARTS, "{}", parts.len());
+        let last = (count - 1) * step;
+        assert_eq!((parts[0].start, parts.last().unwrap().end), (0, last + 4096));
+        // One part less is mapped as it is.
+        assert_eq!(data(&file, 0, last).unwrap().len(), MOST_PARTS);
     }
 
     #[test]
