@@ -98,6 +98,9 @@ mod tests {
             ("template_agent_ready", &[5_000]),
             ("cold_shim_pss", &[1024]),
             ("cold_vmm_pss", &[19456]),
+            ("cold_vmm_own_pss", &[1024]),
+            ("fork_ten", &[900_000]),
+            ("restore_one", &[90_000]),
             ("ours_boot", &[100_000]),
             ("ours_shim_pss", &[1024]),
             ("ours_vmm_pss", &[9216]),
@@ -111,6 +114,8 @@ mod tests {
             "| 440.0 (440.0) | runc 400.0 (400.0) | 1.10 |",
             "| 5.0 (5.0) | Bulkhead, cold 100.0 (100.0) | 0.05 |",
             "| QEMU microvm 200.0 (200.0) | 0.50 |",
+            "| 900.0 (900.0) | one `bulkhead restore` 90.0 (90.0) | 10.00 |",
+            "| 1.0 | the VMM with its guest 19.0 | 0.05 |",
             "1.0 + 19.0 = 20.0 | runc 10.0 + 0.0 = 10.0 | 2.00 |",
             "1.0 + 9.0 = 10.0 | runc 10.0 + 0.0 = 10.0 | 1.00 |",
         ] {
