@@ -18,6 +18,9 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 /// memory map.
 pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
 
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
 /// A hole in a memory file that is shorter, in bytes, is mapped with what is around it: a mapping costs as much as the
 /// zeroes of some pages.
 const SHORT_HOLE: u64 = 64 << 10;
@@ -147,7 +150,9 @@ pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, Memory
             break;
         }
         let to = seek(from, Whence::SeekHole)?;
-        join(&mut parts, from..to, SHORT_HOLE);
+        // Blocks of a file system may be smaller than pages, which are what can be mapped.
+        let pages = from / PAGE * PAGE..to.next_multiple_of(PAGE).min(end);
+        join(&mut parts, pages, SHORT_HOLE);
         position = to;
     }
     let mut hole = SHORT_HOLE;
@@ -165,7 +170,7 @@ pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, Memory
 /// Adds a part that lies behind the others, or makes the last one longer if the hole before it is shorter than `hole`.
 fn join(parts: &mut Vec<Range<u64>>, part: Range<u64>, hole: u64) {
     match parts.last_mut() {
-        Some(last) if part.start - last.end < hole => last.end = part.end,
+        Some(last) if part.start.saturating_sub(last.end) < hole => last.end = part.end,
         _ => parts.push(part),
     }
 }
