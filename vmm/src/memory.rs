@@ -10,6 +10,7 @@ use nix::unistd::{Whence, lseek64};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::arch::layout;
+use crate::snapshot::pagemap::PAGE;
 
 /// The guest's memory. Cloning shares the mapping.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -17,9 +18,6 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 /// Length of persistent memory the kernel maps is a multiple of this (bytes): one sub-section of its
 /// memory map.
 pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
-
-/// Bytes of a page.
-const PAGE: u64 = 4096;
 
 /// A hole in a memory file that is shorter, in bytes, is mapped with what is around it: a mapping costs as much as the
 /// zeroes of some pages.
@@ -131,16 +129,16 @@ pub fn map_over(address: u64, length: u64, file: &File, offset: u64) -> Result<(
     Ok(())
 }
 
-/// Parts of `file` between two offsets that have data, and the short holes between them: each part is a mapping.
+/// Pages of `file` between two offsets that have data.
 ///
 /// # Errors
-/// [`MemoryError::Data`].
-pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, MemoryError> {
+/// The file system does not tell.
+pub fn extents(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, Errno> {
     let seek = |from: u64, whence| match lseek64(file.as_raw_fd(), from as i64, whence) {
         Ok(found) => Ok(found.unsigned_abs().min(end)),
         // Nothing but a hole up to the end.
         Err(Errno::ENXIO) => Ok(end),
-        Err(errno) => Err(MemoryError::Data(errno)),
+        Err(errno) => Err(errno),
     };
     let mut parts: Vec<Range<u64>> = Vec::new();
     let mut position = start;
@@ -152,19 +150,30 @@ pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, Memory
         let to = seek(from, Whence::SeekHole)?;
         // Blocks of a file system may be smaller than pages, which are what can be mapped.
         let pages = from / PAGE * PAGE..to.next_multiple_of(PAGE).min(end);
-        join(&mut parts, pages, SHORT_HOLE);
+        join(&mut parts, pages, 1);
         position = to;
     }
+    Ok(parts)
+}
+
+/// Parts of `file` between two offsets that have data, and the short holes between them: each part is a mapping.
+///
+/// # Errors
+/// [`MemoryError::Data`].
+pub fn data(file: &File, start: u64, end: u64) -> Result<Vec<Range<u64>>, MemoryError> {
+    let mut parts = extents(file, start, end).map_err(MemoryError::Data)?;
     let mut hole = SHORT_HOLE;
-    while parts.len() > MOST_PARTS {
-        hole *= 4;
+    loop {
         let mut fewer = Vec::with_capacity(parts.len());
         for part in parts {
             join(&mut fewer, part, hole);
         }
+        if fewer.len() <= MOST_PARTS {
+            return Ok(fewer);
+        }
         parts = fewer;
+        hole *= 4;
     }
-    Ok(parts)
 }
 
 /// Adds a part that lies behind the others, or makes the last one longer if the hole before it is shorter than `hole`.

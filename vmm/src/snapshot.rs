@@ -14,6 +14,7 @@
 //! memory as it is, range by range, with holes where there are zeroes; it is mapped, not read.
 
 pub mod memory;
+pub(crate) mod pagemap;
 mod processor;
 #[cfg(test)]
 mod tests;

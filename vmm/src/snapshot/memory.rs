@@ -2,25 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::unistd::{Whence, lseek64};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
-use crate::memory::GuestMemory;
+use super::pagemap::{self, PRESENT, SWAPPED};
+use crate::memory::{GuestMemory, extents};
 
 /// Bytes looked at in one go.
 const CHUNK: usize = 1 << 20;
 
 /// The unit of holes in bytes.
-const PAGE: usize = 4096;
-
-/// Bytes of an entry of a pagemap; in it the page is in memory, or in swap (Linux
-/// Documentation/admin-guide/mm/pagemap.rst).
-const ENTRY: usize = 8;
-const TOUCHED: u64 = 1 << 63 | 1 << 62;
+const PAGE: usize = pagemap::PAGE as usize;
 
 /// Why guest memory could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -97,32 +91,16 @@ impl Source<'_> {
         wanted: &mut Vec<bool>,
     ) -> Result<(), MemoryFileError> {
         let host = self.memory.get_host_address(address);
-        let host = host.map_err(MemoryFileError::Read)? as usize;
-        let mut entries = vec![0; size.div_ceil(PAGE) * ENTRY];
-        self.pagemap
-            .read_exact_at(&mut entries, (host / PAGE * ENTRY) as u64)
-            .map_err(MemoryFileError::Pagemap)?;
+        let host = host.map_err(MemoryFileError::Read)? as u64;
+        let entries = pagemap::entries(self.pagemap, host, size as u64).map_err(MemoryFileError::Pagemap)?;
         wanted.clear();
-        let entries = entries.as_chunks::<ENTRY>().0.iter();
-        wanted.extend(entries.map(|entry| u64::from_ne_bytes(*entry) & TOUCHED != 0));
-        let Some(origin) = self.origin else {
-            return Ok(());
-        };
-        let end = offset + size as u64;
-        let seek = |from: u64, whence| match lseek64(origin.as_raw_fd(), from as i64, whence) {
-            Ok(found) => Ok(found.unsigned_abs().min(end)),
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => Ok(end),
-            Err(errno) => Err(MemoryFileError::Origin(errno)),
-        };
-        let mut position = offset;
-        while position < end {
-            let data = seek(position, Whence::SeekData)?;
-            let hole = seek(data, Whence::SeekHole)?;
-            let first = (data - offset) as usize / PAGE;
-            let last = ((hole - offset) as usize).div_ceil(PAGE);
-            wanted[first..last].fill(true);
-            position = hole.max(position + 1);
+        wanted.extend(entries.iter().map(|entry| entry & (PRESENT | SWAPPED) != 0));
+        if let Some(origin) = self.origin {
+            let end = offset + size as u64;
+            for data in extents(origin, offset, end).map_err(MemoryFileError::Origin)? {
+                let page = |at: u64| ((at - offset) / pagemap::PAGE) as usize;
+                wanted[page(data.start)..page(data.end)].fill(true);
+            }
         }
         Ok(())
     }

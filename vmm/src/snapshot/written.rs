@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::pagemap::{self, OF_FILE, PAGE, PRESENT};
 use crate::memory::{GuestMemory, MemoryError, data};
 
 /// Most bytes that a list is followed for: so much memory each guest takes at once.
@@ -18,14 +19,7 @@ pub const MOST: u64 = 16 << 20;
 
 /// Bytes of an entry of a list, and most of them: each is at least a page.
 const ENTRY: usize = 16;
-const PAGE: u64 = 4096;
 const MOST_ENTRIES: u64 = MOST / PAGE;
-
-/// Bytes of an entry of a pagemap; in it the page is in memory, and is a file's (Linux
-/// Documentation/admin-guide/mm/pagemap.rst). A page of a file that was written is one no more.
-const PAGEMAP_ENTRY: usize = 8;
-const PRESENT: u64 = 1 << 63;
-const OF_FILE: u64 = 1 << 61;
 
 /// Why a list could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -58,11 +52,9 @@ pub fn write(ram: &GuestMemory, memory: &File, pagemap: &File, list: &File) -> R
             .get_host_address(MemoryRegionAddress(0))
             .map_err(WrittenError::Address)? as u64;
         for part in data(memory, start, start + region.len()).map_err(WrittenError::Data)? {
-            let mut entries = vec![0; ((part.end - part.start) / PAGE) as usize * PAGEMAP_ENTRY];
-            let first = (host + (part.start - start)) / PAGE;
-            pagemap
-                .read_exact_at(&mut entries, first * PAGEMAP_ENTRY as u64)
-                .map_err(WrittenError::Pagemap)?;
+            let first = host + (part.start - start);
+            let entries = pagemap::entries(pagemap, first, part.end - part.start);
+            let entries = entries.map_err(WrittenError::Pagemap)?;
             for run in runs(&entries) {
                 let length = (run.end - run.start).min(left);
                 if length > 0 {
@@ -78,10 +70,10 @@ pub fn write(ram: &GuestMemory, memory: &File, pagemap: &File, list: &File) -> R
 }
 
 /// Runs of written pages in a pagemap, in bytes from its start.
-fn runs(pagemap: &[u8]) -> Vec<Range<u64>> {
+fn runs(entries: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for (index, entry) in (0u64..).zip(pagemap.as_chunks::<PAGEMAP_ENTRY>().0) {
-        if u64::from_ne_bytes(*entry) & (PRESENT | OF_FILE) != PRESENT {
+    for (index, entry) in (0u64..).zip(entries) {
+        if entry & (PRESENT | OF_FILE) != PRESENT {
             continue;
         }
         let start = index * PAGE;
