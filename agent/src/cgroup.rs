@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use bounds::bound;
-pub use devices::{DeviceRules, attach as attach_device_filter};
+pub use devices::{DeviceRules, attach as attach_device_filter, hold_pack};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use oci_spec::runtime::LinuxResources;
 pub use resources::{Setting, settings};

@@ -1,5 +1,6 @@
 //! The ttrpc service: a thin layer over [`Containers`].
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use crate::error::{Error, chain};
 use crate::gate::Gate;
 use crate::resume::Resume;
 use crate::storage::volumes::{Create, Remove, Version};
-use crate::{network, power, processors, sandbox};
+use crate::{cgroup, network, power, processors, sandbox};
 
 mod work;
 
@@ -48,6 +49,8 @@ pub struct Service {
     gate: Arc<Gate>,
     checkpoint: Arc<Checkpoint>,
     shutdown: Arc<Notify>,
+    /// What was prepared for guests made from this one, for as long as they live.
+    prepared: Mutex<Option<OwnedFd>>,
 }
 
 impl Service {
@@ -60,6 +63,7 @@ impl Service {
             sandbox: Mutex::new(None),
             gate,
             shutdown,
+            prepared: Mutex::default(),
         }
     }
 }
@@ -114,6 +118,16 @@ impl Agent for Service {
             frozen: self.checkpoint.is_frozen(),
             ..Default::default()
         })
+    }
+
+    async fn prepare(
+        &self,
+        _: &TtrpcContext,
+        _: proto::PrepareRequest,
+    ) -> ttrpc::Result<proto::PrepareResponse> {
+        let pack = cgroup::hold_pack().map_err(Error::Cgroup)?;
+        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(pack);
+        Ok(proto::PrepareResponse::new())
     }
 
     async fn setup_sandbox(

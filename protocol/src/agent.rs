@@ -21,4 +21,4 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::*;
 
 /// Version of the agent protocol. Raised whenever `agent.proto` changes its meaning.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;

@@ -10,7 +10,7 @@ use bulkhead_protocol::agent::{
     self, AgentClient, CommitVolumeRequest, ConfigureNetworkRequest, ContainerStatsRequest,
     ContainerStatsResponse, CreateContainerRequest, CreateVolumeRequest, Event, EventsRequest,
     ExecProcessRequest, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse, ListProcessesRequest,
-    ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, ReattachStreamsRequest,
+    ListProcessesResponse, PauseContainerRequest, PlugDeviceRequest, PrepareRequest, ReattachStreamsRequest,
     RemoveContainerRequest, RemoveVolumeRequest, ResizeTerminalRequest, ResumeContainerRequest,
     ResumeRequest, ResumeResponse, SetProcessorsRequest, SetupSandboxRequest, ShutdownRequest,
     SignalProcessRequest, StageVolumeRequest, StartContainerRequest, ThawRequest, UpdateContainerRequest,
@@ -286,6 +286,8 @@ impl Agent {
         commit_volume, "update of a volume", CommitVolumeRequest => agent::CommitVolumeResponse;
         /// Removes a volume.
         remove_volume, "volume removal", RemoveVolumeRequest => agent::RemoveVolumeResponse;
+        /// Has the guest do once what those made from it need not.
+        prepare, "preparation of a template", PrepareRequest => agent::PrepareResponse;
         /// Writes the guest's file systems back and has them stand still.
         freeze, "freezing of the file systems", FreezeRequest => agent::FreezeResponse;
         /// Lets them go on.

@@ -95,17 +95,18 @@ pub fn with_hotplug(memory: &GuestMemory, start: u64, mib: u32) -> Result<GuestM
     memory.insert_region(region).map_err(MemoryError::Insert)
 }
 
-/// Maps `mib` MiB of guest memory as it is in `file`, placed as by [`allocate`]. What the guest writes stays private.
+/// Maps `mib` MiB of guest memory as it is in `file`, whose [`data`] lies in `parts`, placed as by [`allocate`]. What the
+/// guest writes stays private.
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn map_file(mib: u32, file: &File) -> Result<GuestMemory, MemoryError> {
+pub fn map_file(mib: u32, file: &File, parts: &[Range<u64>]) -> Result<GuestMemory, MemoryError> {
     let memory = allocate(mib)?;
     let mut offset = 0;
     for region in memory.iter() {
         let start = region.get_host_address(MemoryRegionAddress(0));
         let start = start.map_err(MemoryError::Address)? as u64;
-        map_over(start, region.len(), file, offset)?;
+        map_over(start, region.len(), file, parts, offset)?;
         offset += region.len();
     }
     Ok(memory)
@@ -116,17 +117,33 @@ pub fn map_file(mib: u32, file: &File) -> Result<GuestMemory, MemoryError> {
 /// mapped hole two would be, one of them in the page cache.
 ///
 /// # Errors
-/// [`MemoryError::MapFile`], [`MemoryError::Data`].
-pub fn map_over(address: u64, length: u64, file: &File, offset: u64) -> Result<(), MemoryError> {
-    for part in data(file, offset, offset + length)? {
-        map_part(
-            address + (part.start - offset),
-            part.end - part.start,
-            file,
-            part.start,
-        )?;
+/// [`MemoryError::MapFile`].
+pub fn map_over(
+    address: u64,
+    length: u64,
+    file: &File,
+    parts: &[Range<u64>],
+    offset: u64,
+) -> Result<(), MemoryError> {
+    for part in parts {
+        let (start, end) = (part.start.max(offset), part.end.min(offset + length));
+        if start < end {
+            map_part(address + (start - offset), end - start, file, start)?;
+        }
     }
     Ok(())
+}
+
+/// Whether `parts` can be those of a memory file of `length` bytes, as [`data`] finds them.
+pub fn are_parts(parts: &[Range<u64>], length: u64) -> bool {
+    let mut last = 0;
+    parts.len() <= MOST_PARTS
+        && parts.iter().all(|part| {
+            let follows = last <= part.start && part.start < part.end;
+            last = part.end;
+            follows && (part.start | part.end) % PAGE == 0
+        })
+        && last <= length
 }
 
 /// Pages of `file` between two offsets that have data.
@@ -249,13 +266,23 @@ impl Image {
         if length == 0 || !length.is_multiple_of(PERSISTENT_ALIGNMENT) {
             return Err(MemoryError::ImageAlignment(length));
         }
+        // Aligned as it is in the guest, so that it can be mapped there in the large pages in which the page cache may
+        // have it. What is reserved around it takes addresses only.
+        let reserved = (length + PERSISTENT_ALIGNMENT) as usize;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address the kernel chooses touches no memory in use.
+        let place = unsafe { libc::mmap(ptr::null_mut(), reserved, libc::PROT_NONE, flags, -1, 0) };
+        if place == libc::MAP_FAILED {
+            return Err(MemoryError::MapImage(io::Error::last_os_error()));
+        }
+        let address = (place as u64).next_multiple_of(PERSISTENT_ALIGNMENT);
+        // SAFETY: the range lies in the one just reserved, which nothing else uses.
         let start = unsafe {
             libc::mmap(
-                ptr::null_mut(),
+                address as *mut libc::c_void,
                 length as usize,
                 libc::PROT_READ,
-                libc::MAP_SHARED,
+                libc::MAP_SHARED | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 0,
             )
@@ -263,10 +290,7 @@ impl Image {
         if start == libc::MAP_FAILED {
             return Err(MemoryError::MapImage(io::Error::last_os_error()));
         }
-        Ok(Self {
-            address: start as u64,
-            length,
-        })
+        Ok(Self { address, length })
     }
 }
 
@@ -292,7 +316,9 @@ mod tests {
             Err(MemoryError::ImageAlignment(4096))
         ));
         file.set_len(PERSISTENT_ALIGNMENT).unwrap();
-        assert_eq!(Image::map(&file).unwrap().length, PERSISTENT_ALIGNMENT);
+        let image = Image::map(&file).unwrap();
+        assert_eq!(image.length, PERSISTENT_ALIGNMENT);
+        assert_eq!(image.address % PERSISTENT_ALIGNMENT, 0);
     }
 
     #[test]
@@ -314,13 +340,14 @@ mod tests {
         assert_eq!(parts, [0..12288, 32 << 20..(32 << 20) + 4096]);
         let part = data(&file, 4096, 32 << 20).unwrap();
         assert!(part.into_iter().eq([(8192, 12288)].map(|(from, to)| from..to)));
-        let memory = map_file(64, &file).unwrap();
+        let parts = data(&file, 0, 64 << 20).unwrap();
+        let memory = map_file(64, &file, &parts).unwrap();
         let value = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
         assert_eq!([0, 4096, 8192, 1 << 20, 32 << 20].map(value), [1, 0, 2, 0, 3]);
         memory.write_obj(9u8, GuestAddress(1 << 20)).unwrap();
         memory.write_obj(9u8, GuestAddress(0)).unwrap();
         assert_eq!(
-            map_file(64, &file)
+            map_file(64, &file, &parts)
                 .unwrap()
                 .read_obj::<u8>(GuestAddress(0))
                 .unwrap(),
@@ -331,6 +358,25 @@ mod tests {
             2,
             "nothing was made in the file"
         );
+    }
+
+    #[test]
+    fn only_parts_in_order_and_in_the_file_are_parts() {
+        let length = 10 * PAGE;
+        let pages = |list: &[(u64, u64)]| -> Vec<Range<u64>> {
+            list.iter().map(|(start, end)| start * PAGE..end * PAGE).collect()
+        };
+        assert!(are_parts(&[], length));
+        assert!(are_parts(&pages(&[(0, 2), (2, 3), (5, 10)]), length));
+        for wrong in [&[(0, 11)][..], &[(3, 3)], &[(4, 5), (3, 4)], &[(0, 3), (2, 4)]] {
+            assert!(!are_parts(&pages(wrong), length), "{wrong:?}");
+        }
+        assert!(!are_parts(&[1..PAGE, PAGE..length], length));
+        assert!(!are_parts(&[0..PAGE + 1, 2 * PAGE..length], length));
+        let many: Vec<_> = (0..=MOST_PARTS as u64)
+            .map(|page| page * PAGE..(page + 1) * PAGE)
+            .collect();
+        assert!(!are_parts(&many, u64::MAX));
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod written;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::ops::Range;
 
 use bulkhead_protocol::control::VmConfig;
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
@@ -35,7 +36,7 @@ pub use crate::virtio::DeviceState;
 pub use processor::{Processor, ProcessorError};
 
 /// Version of the payload: raised with every change of [`MachineState`] or of anything in it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"BLKHSNAP";
 const HEADER_SIZE: usize = 20;
@@ -75,6 +76,9 @@ pub enum LoadError {
     /// The content is not what the version says.
     #[error("State file does not hold the state of a VM")]
     Payload(#[source] postcard::Error),
+    /// It names parts of the memory file that cannot be there.
+    #[error("State file names parts of the memory file that overlap, or lie outside its {0} bytes")]
+    Parts(u64),
     /// The configuration differs.
     #[error("Snapshot is of another kind of VM")]
     Shape(#[source] RestoreError),
@@ -118,6 +122,8 @@ pub struct MachineState {
     pub devices: Vec<SavedDevice>,
     /// Bytes of added memory that the guest may use; they follow the rest in the memory file.
     pub added_memory: u64,
+    /// Where data is in the memory file: a restore need not look for it.
+    pub memory_parts: Vec<Range<u64>>,
 }
 
 /// A device and its transport.

@@ -263,11 +263,16 @@ struct AttachAttr {
     attach_flags: u32,
 }
 
-/// Attaches the filter to a group, in place of the one it has. It goes away with the group.
+/// Loads a filter that nothing is attached to. The kernel puts compiled filters, those of seccomp as well, into packs of
+/// 2 MiB, and fills the whole of one with traps when it makes it: as long as this filter is there, its pack is.
 ///
 /// # Errors
-/// The kernel has no `CONFIG_CGROUP_BPF` or refuses the program.
-pub fn attach(group: &Path, rules: &DeviceRules) -> Result<(), CgroupError> {
+/// As [`attach`].
+pub fn hold_pack() -> Result<OwnedFd, CgroupError> {
+    load(&DeviceRules(Vec::new()))
+}
+
+fn load(rules: &DeviceRules) -> Result<OwnedFd, CgroupError> {
     let code = program(rules);
     let license = c"Apache-2.0";
     let load = LoadAttr {
@@ -283,7 +288,15 @@ pub fn attach(group: &Path, rules: &DeviceRules) -> Result<(), CgroupError> {
     };
     let program = bpf(BPF_PROG_LOAD, &load).map_err(CgroupError::Devices)?;
     // SAFETY: the kernel has just made this descriptor for us.
-    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    Ok(unsafe { OwnedFd::from_raw_fd(program) })
+}
+
+/// Attaches the filter to a group, in place of the one it has. It goes away with the group.
+///
+/// # Errors
+/// The kernel has no `CONFIG_CGROUP_BPF` or refuses the program.
+pub fn attach(group: &Path, rules: &DeviceRules) -> Result<(), CgroupError> {
+    let program = load(rules)?;
     let group = File::open(group).map_err(CgroupError::Devices)?;
     let attach = AttachAttr {
         target_fd: group.as_raw_fd().cast_unsigned(),

@@ -152,7 +152,7 @@ impl Sandbox {
             Origin::Kernel(Some(making)) => {
                 let hello = self.first(guest.agent.hello(limit)).await?;
                 self.mark_agent(running, &hello);
-                self.write_template(&guest.vm, making).await?;
+                self.write_template(&guest, making).await?;
                 guest.agent.setup_sandbox(&self.setup_request(), limit).await?;
                 false
             }

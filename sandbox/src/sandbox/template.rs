@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 
-use bulkhead_protocol::agent::{self, ResumeRequest};
+use bulkhead_protocol::agent::{self, PrepareRequest, ResumeRequest};
 use bulkhead_protocol::control::Request;
 use bulkhead_protocol::ports;
 
@@ -102,10 +102,15 @@ impl Sandbox {
 
     /// Writes the VM down: the agent serves, and nothing of the pod is in it. Without success the sandbox goes on all the
     /// same, if the VM does.
-    pub(super) async fn write_template(&self, vm: &Vm, mut making: Box<Making>) -> Result<(), VmError> {
+    pub(super) async fn write_template(
+        &self,
+        Guest { vm, agent }: &Guest,
+        mut making: Box<Making>,
+    ) -> Result<(), Error> {
         let Some(files) = making.take_files() else {
             return Ok(());
         };
+        agent.prepare(&PrepareRequest::default()).await?;
         match vm.ask(Request::Pause, Vec::new()).await {
             // It cannot be stopped now, and runs on.
             Err(error @ VmError::Refused { .. }) => {
@@ -139,13 +144,24 @@ impl Sandbox {
         };
         let id = self.0.id.clone();
         tokio::spawn(async move {
-            let kept = match vm.list_written().await {
-                Ok(Some(list)) => store.keep_written(&list).map_err(|error| chain(&error)),
+            let list = match vm.list_written().await {
+                Ok(Some(list)) => store
+                    .keep_written(&list)
+                    .map(|()| list)
+                    .map_err(|error| chain(&error)),
                 Ok(None) => Err("it is too long".to_owned()),
                 Err(error) => Err(chain(&error)),
             };
-            if let Err(error) = kept {
-                log::debug!("sandbox {id} leaves no list of written memory: {error}");
+            let list = match list {
+                Ok(list) => list,
+                Err(error) => {
+                    log::debug!("sandbox {id} leaves no list of written memory: {error}");
+                    return;
+                }
+            };
+            let done = tokio::task::spawn_blocking(move || store.enlarge_pages(&list)).await;
+            if let Ok(Err(error)) = done {
+                log::debug!("sandbox {id} leaves memory in small pages: {}", chain(&error));
             }
         });
     }

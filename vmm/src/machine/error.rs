@@ -151,6 +151,9 @@ pub enum SnapshotError {
     /// Memory file.
     #[error("Cannot save guest memory")]
     Memory(#[source] MemoryFileError),
+    /// Parts of the memory file.
+    #[error("Cannot tell where data is in the memory file")]
+    Parts(#[source] memory::MemoryError),
     /// It booted.
     #[error("The VM did not begin from a snapshot")]
     NotRestored,

@@ -1,6 +1,7 @@
 //! Memory that the guest can get while it runs.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::CpuId;
@@ -86,11 +87,12 @@ impl Hotplug {
         (GuestAddress(self.start), self.registered)
     }
 
-    /// Puts the first `usable` bytes of a snapshot in place, which are in `file` from `offset` on.
+    /// Puts the first `usable` bytes of a snapshot in place, which are in `file` from `offset` on, with data in `parts`.
     pub(super) fn restore(
         &mut self,
         vm: &VmFd,
         file: &File,
+        parts: &[Range<u64>],
         offset: u64,
         usable: u64,
     ) -> Result<(), BuildError> {
@@ -100,7 +102,7 @@ impl Hotplug {
                 (self.size >> 20) as u32,
             ));
         }
-        memory::map_over(self.host, usable, file, offset).map_err(BuildError::Memory)?;
+        memory::map_over(self.host, usable, file, parts, offset).map_err(BuildError::Memory)?;
         self.register(vm, usable)
     }
 }

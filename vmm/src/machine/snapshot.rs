@@ -51,7 +51,7 @@ impl Machine {
             }
         });
         let added = self.hotplug.as_ref().map(Hotplug::usable);
-        let state = MachineState {
+        let mut state = MachineState {
             shape: Shape::new(&self.config, self.image.length, self.vcpus.len() as u8),
             processor: Processor::new(&self.supported, self.config.max_vcpus),
             tsc_khz: self
@@ -64,6 +64,7 @@ impl Machine {
             console: self.bus.ports.save(),
             devices: devices.collect(),
             added_memory: added.map_or(0, |(_, length)| length),
+            memory_parts: Vec::new(),
         };
         let mut ranges: Vec<_> = layout::ram_ranges(self.config.memory_mib)
             .into_iter()
@@ -78,6 +79,8 @@ impl Machine {
         source
             .write(&ranges, memory_file)
             .map_err(SnapshotError::Memory)?;
+        let length = ranges.iter().map(|(_, length)| length).sum();
+        state.memory_parts = memory::data(memory_file, 0, length).map_err(SnapshotError::Parts)?;
         state.write(state_file).map_err(SnapshotError::State)
     }
 }
@@ -131,6 +134,9 @@ impl Saved {
         if found != wanted {
             return Err(BuildError::Memory(MemoryError::FileLength { found, wanted }));
         }
+        if !memory::are_parts(&saved.state.memory_parts, wanted) {
+            return Err(BuildError::Load(LoadError::Parts(wanted)));
+        }
         Ok(saved)
     }
 
@@ -166,7 +172,7 @@ impl Saved {
 
     /// Maps the memory a guest boots with.
     pub(super) fn memory(&self, mib: u32) -> Result<GuestMemory, MemoryError> {
-        memory::map_file(mib, &self.memory)
+        memory::map_file(mib, &self.memory, &self.state.memory_parts)
     }
 
     /// Puts memory that was added in place. `ram` comes before it in the file.
@@ -177,7 +183,8 @@ impl Saved {
         hotplug: &mut Hotplug,
     ) -> Result<(), BuildError> {
         let offset = ram.iter().map(GuestMemoryRegion::len).sum();
-        hotplug.restore(vm, &self.memory, offset, self.state.added_memory)
+        let state = &self.state;
+        hotplug.restore(vm, &self.memory, &state.memory_parts, offset, state.added_memory)
     }
 
     /// The console as it was.

@@ -77,6 +77,7 @@ fn state() -> MachineState {
             device: DeviceState::Pmem(Some(queue)),
         }],
         added_memory: 0,
+        memory_parts: vec![4096..8192, 65536 * 2..65536 * 3],
     }
 }
 
@@ -203,6 +204,11 @@ fn the_field_that_differs_is_named() {
     }
 }
 
+fn clone_of(file: &File) -> crate::memory::GuestMemory {
+    let parts = crate::memory::data(file, 0, 64 << 20).unwrap();
+    crate::memory::map_file(64, file, &parts).unwrap()
+}
+
 #[test]
 fn memory_comes_back_and_zeroes_take_no_room() {
     let memory = crate::memory::allocate(64).unwrap();
@@ -224,7 +230,7 @@ fn memory_comes_back_and_zeroes_take_no_room() {
     assert_eq!(metadata.len(), 64 << 20);
     assert!(metadata.blocks() * 512 < 4 << 20, "{} blocks", metadata.blocks());
 
-    let clones = [(); 2].map(|()| crate::memory::map_file(64, &file).unwrap());
+    let clones = [(); 2].map(|()| clone_of(&file));
     for clone in &clones {
         for address in [
             0,
@@ -248,7 +254,7 @@ fn memory_comes_back_and_zeroes_take_no_room() {
     assert_eq!(byte, [7]);
 
     // A clone of a clone has what neither has touched.
-    let clone = crate::memory::map_file(64, &file).unwrap();
+    let clone = clone_of(&file);
     clone.write_obj(2u8, GuestAddress(40 << 20)).unwrap();
     let second = empty_file("memory-2");
     let source = memory::Source {
@@ -258,7 +264,7 @@ fn memory_comes_back_and_zeroes_take_no_room() {
     };
     source.write(&all, &second).unwrap();
     assert!(second.metadata().unwrap().blocks() * 512 < 4 << 20);
-    let clone = crate::memory::map_file(64, &second).unwrap();
+    let clone = clone_of(&second);
     for (address, value) in [
         (0x1000, 7),
         ((5 << 20) + 4095, 8),

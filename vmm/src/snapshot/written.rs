@@ -160,17 +160,17 @@ mod tests {
         let saved = file();
         saved.set_len(64 << 20).unwrap();
         saved.write_all_at(&[1; 3 * 4096], 4096).unwrap();
-        let ram = map_file(64, &saved).unwrap();
+        let ram = map_file(64, &saved, &data(&saved, 0, 64 << 20).unwrap()).unwrap();
         // Reading is no writing, of a page of the file.
         assert_eq!(ram.read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
         saved.write_all_at(&[1; 4096], 1000 * 4096).unwrap();
-        let ram = map_file(64, &saved).unwrap();
+        let ram = map_file(64, &saved, &data(&saved, 0, 64 << 20).unwrap()).unwrap();
         for page in [2u64, 3, 1000, 2000] {
             ram.write_obj(7u8, GuestAddress(page * 4096)).unwrap();
         }
         let list = file();
         write(&ram, &saved, &File::open("/proc/self/pagemap").unwrap(), &list).unwrap();
-        let other = map_file(64, &saved).unwrap();
+        let other = map_file(64, &saved, &data(&saved, 0, 64 << 20).unwrap()).unwrap();
         let start = other.get_host_address(GuestAddress(0)).unwrap() as u64;
         let found: Vec<_> = places(&list, &other)
             .into_iter()
