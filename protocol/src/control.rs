@@ -24,7 +24,7 @@ pub const VMM_SOCKET_FD: i32 = 3;
 pub const VMM_PROC_FD: i32 = 4;
 
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,9 +195,19 @@ pub enum Start {
         state: Fd,
         /// Memory; mapped privately, so it must not change as long as the VM exists.
         memory: Fd,
-        /// A list that [`Request::ListWritten`] made: memory that the guest is expected to write soon.
-        written: Option<Fd>,
+        /// Memory that the guest is expected to write soon.
+        written: Option<Written>,
     },
+}
+
+/// Lists that [`Request::ListWritten`] made.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// What a guest has written when it gives its first answer: it gets copies before it runs.
+    pub first: Fd,
+    /// What it has written later: it gets copies when it has given that answer.
+    pub later: Fd,
 }
 
 /// A disk: one or more raw files, one behind the other.

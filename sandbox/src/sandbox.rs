@@ -137,7 +137,14 @@ struct State {
     /// How far the boot is.
     boot_step: Step,
     /// The template it began from, when that has no list yet of the memory that guests write soon.
-    unlisted: Option<Store>,
+    unlisted: Option<Unlisted>,
+}
+
+/// A template without lists of the memory that guests write soon.
+struct Unlisted {
+    store: Store,
+    /// What the guest had written when it had answered.
+    first: Vec<u8>,
 }
 
 struct Inner {

@@ -3,7 +3,7 @@
 //!
 //! A store is a directory that only its owner may enter. Each template is a directory in it, named after its [`Shape`],
 //! with the files `state` and `memory` of a snapshot and the shape itself as `shape.json`. It appears in one step, by
-//! a rename, and is never changed, but for the list `written` that the first who begins there adds. One template is made at a time: its maker holds a lock on the store. Who makes one
+//! a rename, and is never changed, but for the lists `written-first` and `written` that the first who begins there adds. One template is made at a time: its maker holds a lock on the store. Who makes one
 //! removes those that can never be used again.
 
 use std::fs::{self, File};
@@ -29,6 +29,7 @@ const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const SHAPE: &str = "shape.json";
 const WRITTEN: &str = "written";
+const WRITTEN_FIRST: &str = "written-first";
 
 /// End of the name of a template that is being made.
 const UNFINISHED: &str = ".new";
@@ -158,7 +159,16 @@ pub struct Template {
     /// Memory.
     pub memory: File,
     /// Memory that guests which begin here have been seen to write soon; none: nobody has looked yet.
-    pub written: Option<File>,
+    pub written: Option<Written<File>>,
+}
+
+/// Lists of memory, as VMMs make and read them.
+#[derive(Debug)]
+pub struct Written<T> {
+    /// What is written up to the guest's first answer.
+    pub first: T,
+    /// What is written up to the first container; what is in the other list as well.
+    pub later: T,
 }
 
 /// Templates of one shape.
@@ -195,13 +205,18 @@ impl Store {
         let open = |name| private::open(&path.join(name));
         let (state, memory) = (open(STATE)?, open(MEMORY)?);
         // Without it the start takes longer.
-        let written = open(WRITTEN).ok();
+        let written = open(WRITTEN).and_then(|later| {
+            Ok(Written {
+                first: open(WRITTEN_FIRST)?,
+                later,
+            })
+        });
         // The one that was not used for the longest time goes first. On a file system without that nothing is lost.
         let _ = File::open(&path).and_then(|directory| directory.set_modified(SystemTime::now()));
         Ok(Some(Template {
             state,
             memory,
-            written,
+            written: written.ok(),
         }))
     }
 
@@ -244,17 +259,23 @@ impl Store {
         Ok(Some(making))
     }
 
-    /// Keeps a list of memory that guests write soon, for those to come. One that is there already is replaced.
+    /// Keeps lists of memory that guests write soon, for those to come. Those that are there already are replaced.
     ///
     /// # Errors
     /// [`TemplateError::File`].
-    pub fn keep_written(&self, list: &[u8]) -> Result<(), TemplateError> {
+    pub fn keep_written(&self, lists: &Written<Vec<u8>>) -> Result<(), TemplateError> {
+        // Who finds the second finds the first.
+        self.keep(WRITTEN_FIRST, &lists.first)?;
+        self.keep(WRITTEN, &lists.later)
+    }
+
+    fn keep(&self, name: &str, bytes: &[u8]) -> Result<(), TemplateError> {
         let path = self.path();
-        let unfinished = path.join(format!("{WRITTEN}.{}", std::process::id()));
+        let unfinished = path.join(format!("{name}.{}", std::process::id()));
         let file = private::create(&unfinished)?;
         let kept = file
-            .write_all_at(list, 0)
-            .and_then(|()| fs::rename(&unfinished, path.join(WRITTEN)));
+            .write_all_at(bytes, 0)
+            .and_then(|()| fs::rename(&unfinished, path.join(name)));
         kept.map_err(|error| {
             let _ = fs::remove_file(&unfinished);
             failed("write", &unfinished)(error).into()
@@ -262,13 +283,13 @@ impl Store {
     }
 
     /// Has the page cache keep in large pages what guests of the template only read: the root image, and what of memory
-    /// is not in `list`. A guest maps such a page with one exit of its vCPU, in place of 512.
+    /// is not in `written`, the longer list. A guest maps such a page with one exit of its vCPU, in place of 512.
     ///
     /// # Errors
     /// The host does not do that, or not now. Nothing else than the time of a start depends on it.
-    pub fn enlarge_pages(&self, list: &[u8]) -> Result<(), TemplateError> {
+    pub fn enlarge_pages(&self, written: &[u8]) -> Result<(), TemplateError> {
         let memory = private::open(&self.path().join(MEMORY))?;
-        pages::enlarge(&memory, &pages::unwritten(&memory, list)?)?;
+        pages::enlarge(&memory, &pages::unwritten(&memory, written)?)?;
         let [_, image, _] = &self.shape.files;
         let image = private::open(&image.path)?;
         let length = image.metadata().map_err(PagesError::Length)?.len();

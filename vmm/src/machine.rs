@@ -25,6 +25,7 @@ use crate::arch::{cpuid, kernel, layout, mptable, registers};
 use crate::console::{self, Console, Ring};
 use crate::memory::{self, GuestMemory, Image};
 use crate::ports::Ports;
+use crate::snapshot::written::{Lists, Soon};
 use crate::vcpu::{Bus, ExitReport, Vcpus};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, DiskImage};
@@ -71,6 +72,8 @@ pub struct Machine {
     ram: GuestMemory,
     /// The memory file that the VM was made from.
     origin: Option<File>,
+    /// Memory of it that the guest is expected to write after its first answer.
+    pub soon: Soon,
     vm: VmFd,
     image: Image,
 }
@@ -123,9 +126,14 @@ impl Machine {
             } => {
                 let state = File::from(take("state", *state)?);
                 let memory = File::from(take("memory", *memory)?);
-                let written = written.map(|list| take("written", list).map(File::from));
                 let mut saved = Saved::load(state, memory, config, &image, &supported)?;
-                saved.expect_written(written.transpose()?);
+                if let Some(lists) = written {
+                    let mut take = |what, fd| take(what, fd).map(File::from);
+                    saved.expect_written(Lists {
+                        first: take("first", lists.first)?,
+                        later: take("later", lists.later)?,
+                    });
+                }
                 Origin::Snapshot(Box::new(saved))
             }
         };
@@ -190,6 +198,7 @@ impl Machine {
         let vcpus = (0..config.vcpus)
             .map(|id| create_vcpu(&vm, &supported, id, config.max_vcpus))
             .collect::<Result<Vec<_>, _>>()?;
+        let mut soon = Soon::default();
         match (&origin, entry) {
             (Origin::Kernel { command_line, .. }, Some(entry)) => {
                 let line = command_line::build(
@@ -206,7 +215,7 @@ impl Machine {
             }
             (Origin::Snapshot(saved), _) => {
                 saved.restore(&vm, &vcpus, &transports)?;
-                saved.prepare_memory(&ram);
+                soon = saved.prepare_memory(&ram);
             }
             (Origin::Kernel { .. }, None) => {}
         }
@@ -262,6 +271,7 @@ impl Machine {
             bus,
             ram,
             origin,
+            soon,
             vm,
             image,
         })

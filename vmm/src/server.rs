@@ -25,6 +25,9 @@ const DEVICES: u64 = 2;
 /// How long far ends get to take what the guest sent before it ended.
 const DELIVERY_TIME: Duration = Duration::from_millis(500);
 
+/// Bytes of memory that are prepared before devices have another turn: some tens of microseconds.
+const PREPARED_AT_ONCE: u64 = 32 << 10;
+
 /// Bytes of console output in an exit report, and in an inspection.
 const EXIT_CONSOLE: usize = 4 << 10;
 const INSPECT_CONSOLE: usize = 16 << 10;
@@ -104,6 +107,8 @@ struct Server<'a> {
     poll: Epoll,
     devices: DeviceLoop,
     paused: bool,
+    /// Whether the guest has given its first answer.
+    answered: bool,
     /// Added memory the sandbox was told of.
     memory_mib: u32,
 }
@@ -125,6 +130,7 @@ impl<'a> Server<'a> {
             poll,
             devices,
             paused: false,
+            answered: false,
             memory_mib: 0,
         })
     }
@@ -132,7 +138,12 @@ impl<'a> Server<'a> {
     fn run(&mut self) -> Result<(), ServerError> {
         let mut events = [EpollEvent::default(); 8];
         loop {
-            let count = wait(&self.poll, -1, &mut events).map_err(ServerError::Poll)?;
+            let preparing = self.answered && !self.paused && !self.machine.soon.is_empty();
+            let timeout = if preparing { 0 } else { -1 };
+            let count = wait(&self.poll, timeout, &mut events).map_err(ServerError::Poll)?;
+            if count == 0 {
+                self.machine.soon.prepare_step(PREPARED_AT_ONCE);
+            }
             for event in &events[..count] {
                 match event.data() {
                     CONTROL => match self.channel.receive() {
@@ -178,10 +189,13 @@ impl<'a> Server<'a> {
         for event in events {
             let message = match event {
                 VsockEvent::Connected { port } => VmmMessage::Event(Event::VsockConnected { port }),
-                VsockEvent::FirstData { port } => VmmMessage::Event(Event::VsockFirstData {
-                    port,
-                    monotonic_us: now(),
-                }),
+                VsockEvent::FirstData { port } => {
+                    self.answered = true;
+                    VmmMessage::Event(Event::VsockFirstData {
+                        port,
+                        monotonic_us: now(),
+                    })
+                }
                 VsockEvent::Closed { port } => VmmMessage::Event(Event::VsockClosed { port }),
                 VsockEvent::ConnectResult { token, result } => VmmMessage::Reply {
                     id: token,

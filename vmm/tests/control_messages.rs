@@ -29,10 +29,10 @@ fn share() -> impl Strategy<Value = Share> {
 fn start() -> impl Strategy<Value = Start> {
     prop_oneof![
         (fd(), ".{0,60}").prop_map(|(kernel, command_line)| Start::Kernel { kernel, command_line }),
-        (fd(), fd(), proptest::option::of(fd())).prop_map(|(state, memory, written)| Start::Snapshot {
+        (fd(), fd(), option::of((fd(), fd()))).prop_map(|(state, memory, written)| Start::Snapshot {
             state,
             memory,
-            written,
+            written: written.map(|(first, later)| Written { first, later }),
         }),
     ]
 }

@@ -70,7 +70,7 @@ impl Sandbox {
             match self.begin(Origin::Template(template)).await {
                 Ok(guest) => {
                     if !listed {
-                        self.lock().unlisted = Some(store.clone());
+                        self.list_first(&guest.vm, store).await;
                     }
                     return self.connect(guest).await;
                 }
@@ -275,7 +275,10 @@ impl Sandbox {
                 state: fds.add(template.state.try_clone().map_err(VmError::Descriptor)?.into()),
                 memory: fds.add(template.memory.try_clone().map_err(VmError::Descriptor)?.into()),
                 written: match &template.written {
-                    Some(list) => Some(fds.add(list.try_clone().map_err(VmError::Descriptor)?.into())),
+                    Some(lists) => Some(control::Written {
+                        first: fds.add(lists.first.try_clone().map_err(VmError::Descriptor)?.into()),
+                        later: fds.add(lists.later.try_clone().map_err(VmError::Descriptor)?.into()),
+                    }),
                     None => None,
                 },
             },

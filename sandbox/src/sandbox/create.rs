@@ -91,7 +91,7 @@ impl Sandbox {
         match &result {
             Ok(()) => {
                 self.0.timeline.mark("container_created");
-                self.list_written();
+                self.list_later();
                 let _ = self.with(&id, |record| {
                     record.machine.created();
                     self.0.sink.event(SandboxEvent::Created {

@@ -12,7 +12,7 @@ use super::restore::Restore;
 use super::*;
 use crate::config::Templates;
 use crate::error::chain;
-use crate::template::{self, Identity, Making, Shape, Store, Template, TemplateError};
+use crate::template::{self, Identity, Making, Shape, Store, Template, TemplateError, Written};
 use crate::vm::VmError;
 
 /// Bytes that a restored guest's generator is reseeded with.
@@ -132,34 +132,42 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Lists, for later pods of the template, what this one's guest has written up to its first container. What goes
-    /// wrong costs them time, and nobody else anything.
-    pub(super) fn list_written(&self) {
-        let (store, vm) = {
+    /// Lists, for later pods of the template, what this one's guest has written up to its first answer. What goes wrong
+    /// costs them time, and nobody else anything.
+    pub(super) async fn list_first(&self, vm: &Vm, store: &Store) {
+        match list_written(vm).await {
+            Ok(first) => {
+                let store = store.clone();
+                self.lock().unlisted = Some(Unlisted { store, first });
+            }
+            Err(error) => log::debug!("sandbox {} leaves no list of written memory: {error}", self.0.id),
+        }
+    }
+
+    /// Lists what the guest has written up to its first container, and shows both lists to others.
+    pub(super) fn list_later(&self) {
+        let (unlisted, vm) = {
             let mut state = self.lock();
             (state.unlisted.take(), state.vm.clone())
         };
-        let (Some(store), Some(vm)) = (store, vm) else {
+        let (Some(Unlisted { store, first }), Some(vm)) = (unlisted, vm) else {
             return;
         };
         let id = self.0.id.clone();
         tokio::spawn(async move {
-            let list = match vm.list_written().await {
-                Ok(Some(list)) => store
-                    .keep_written(&list)
-                    .map(|()| list)
-                    .map_err(|error| chain(&error)),
-                Ok(None) => Err("it is too long".to_owned()),
-                Err(error) => Err(chain(&error)),
-            };
-            let list = match list {
-                Ok(list) => list,
+            let lists = list_written(&vm).await.and_then(|later| {
+                let lists = Written { first, later };
+                store.keep_written(&lists).map_err(|error| chain(&error))?;
+                Ok(lists.later)
+            });
+            let later = match lists {
+                Ok(later) => later,
                 Err(error) => {
                     log::debug!("sandbox {id} leaves no list of written memory: {error}");
                     return;
                 }
             };
-            let done = tokio::task::spawn_blocking(move || store.enlarge_pages(&list)).await;
+            let done = tokio::task::spawn_blocking(move || store.enlarge_pages(&later)).await;
             if let Ok(Err(error)) = done {
                 log::debug!("sandbox {id} leaves memory in small pages: {}", chain(&error));
             }
@@ -210,6 +218,15 @@ impl Sandbox {
     pub(super) fn guest_cid(&self) -> Result<u32, VmError> {
         let number = u32::from_le_bytes(random()?);
         Ok(ports::FIRST_GUEST_CID + number % (u32::MAX - ports::FIRST_GUEST_CID))
+    }
+}
+
+/// What the VM's guest has written since it began, or the reason why it is not known.
+async fn list_written(vm: &Vm) -> Result<Vec<u8>, String> {
+    match vm.list_written().await {
+        Ok(Some(list)) => Ok(list),
+        Ok(None) => Err("it is too long".to_owned()),
+        Err(error) => Err(chain(&error)),
     }
 }
 

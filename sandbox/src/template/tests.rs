@@ -107,19 +107,24 @@ fn what_was_written_is_found_by_its_shape_alone() {
 }
 
 #[test]
-fn a_list_of_written_memory_is_added_and_goes_with_its_template() {
+fn lists_of_written_memory_are_added_and_go_with_their_template() {
     let scratch = Scratch::new("written");
     let store = scratch.store(|_| {});
     // Of a template that is gone meanwhile.
-    assert!(store.keep_written(&[1; 16]).is_err());
+    let lists = |byte| Written {
+        first: vec![byte; 16],
+        later: vec![byte; 32],
+    };
+    assert!(store.keep_written(&lists(1)).is_err());
     make(&store);
     assert!(store.find().unwrap().unwrap().written.is_none());
-    for list in [[1; 16], [2; 16]] {
-        store.keep_written(&list).unwrap();
-        let found = store.find().unwrap().unwrap();
-        assert_eq!(read(found.written.unwrap()).as_bytes(), list);
+    for byte in [1, 2] {
+        store.keep_written(&lists(byte)).unwrap();
+        let found = store.find().unwrap().unwrap().written.unwrap();
+        assert_eq!(read(found.first).as_bytes(), [byte; 16]);
+        assert_eq!(read(found.later).as_bytes(), [byte; 32]);
     }
-    assert_eq!(fs::read_dir(store.path()).unwrap().count(), 4);
+    assert_eq!(fs::read_dir(store.path()).unwrap().count(), 5);
     store.discard();
     assert!(!store.path().exists());
 }

@@ -17,7 +17,8 @@ use crate::arch::layout;
 use crate::console::{Console, Ring};
 use crate::memory::{self, GuestMemory, Image, MemoryError};
 use crate::snapshot::{
-    DeviceState, LoadError, MachineState, Processor, SavedDevice, Shape, memory as memory_file, written,
+    DeviceState, LoadError, MachineState, Processor, SavedDevice, Shape, memory as memory_file,
+    written::{self, Lists, Soon},
 };
 use crate::virtio::RestoreError;
 use crate::virtio::mmio::MmioTransport;
@@ -108,8 +109,7 @@ fn interrupt_controllers() -> [kvm_irqchip; 3] {
 pub(super) struct Saved {
     state: MachineState,
     memory: File,
-    /// See [`written`].
-    written: Option<File>,
+    written: Option<Lists>,
 }
 
 impl Saved {
@@ -153,15 +153,19 @@ impl Saved {
             .map_err(LoadError::Shape)
     }
 
-    /// Gives a list of memory that the guest will write soon.
-    pub(super) fn expect_written(&mut self, list: Option<File>) {
-        self.written = list;
+    /// Gives lists of memory that the guest will write soon.
+    pub(super) fn expect_written(&mut self, lists: Lists) {
+        self.written = Some(lists);
     }
 
-    /// Prepares what is on that list.
-    pub(super) fn prepare_memory(&self, ram: &GuestMemory) {
-        if let Some(list) = &self.written {
-            written::prepare(list, ram);
+    /// Prepares what is on the first of those lists; returns what is on the other.
+    pub(super) fn prepare_memory(&self, ram: &GuestMemory) -> Soon {
+        match &self.written {
+            Some(lists) => {
+                Soon::read(&lists.first, ram).prepare_all();
+                Soon::read(&lists.later, ram)
+            }
+            None => Soon::default(),
         }
     }
 

@@ -1,11 +1,12 @@
 //! Which memory a guest wrote soon after it began from a snapshot. The next one that begins there will write most of it
-//! as well, so it gets copies of these pages before it runs: page by page a guest reads, then writes, and what was
-//! mapped is no longer valid when the page has been copied, with an exit of the vCPU each time.
+//! as well, so it gets copies of these pages before it writes them: page by page a guest reads, then writes, and what was
+//! mapped is no longer valid when the page has been copied, with an exit of the vCPU each time. There are two lists: what
+//! is written up to the guest's first answer is copied before it runs, the rest when it has answered, beside it.
 //!
 //! The list is a file of pairs of 64-bit words, little endian: the offset in the memory file, and the length in bytes.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -85,27 +86,70 @@ fn runs(entries: &[u64]) -> Vec<Range<u64>> {
     runs
 }
 
-/// Makes what a list names memory of this process's own. What the host does not do, or the list does not say right, is
-/// left to the guest's first access.
-pub fn prepare(list: &File, ram: &GuestMemory) {
-    for (start, length) in places(list, ram) {
+/// Lists that were made of guests before this one.
+#[derive(Debug)]
+pub struct Lists {
+    /// What a guest has written when it gives its first answer.
+    pub first: File,
+    /// What it has written later; there may be the same in it.
+    pub later: File,
+}
+
+/// Memory that the guest is expected to write soon, and that becomes this process's own before. What the host does not do,
+/// or the list does not say right, is left to the guest's first access.
+#[derive(Debug, Default)]
+pub struct Soon(Vec<(u64, u64)>);
+
+impl Soon {
+    /// What a list names of `ram`.
+    pub fn read(list: &File, ram: &GuestMemory) -> Self {
+        let mut places = places(list, ram);
+        // From the end on it is taken.
+        places.reverse();
+        Self(places)
+    }
+
+    /// Whether there is nothing left.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Prepares all of it.
+    pub fn prepare_all(&mut self) {
+        while !self.is_empty() {
+            self.prepare_step(MOST);
+        }
+    }
+
+    /// Prepares up to `step` bytes, a multiple of [`PAGE`], of what comes next.
+    pub fn prepare_step(&mut self, step: u64) {
+        let Some((start, length)) = self.0.pop() else {
+            return;
+        };
+        let now = length.min(step);
+        if now < length {
+            self.0.push((start + now, length - now));
+        }
         // SAFETY: the range is guest memory, of which there are no Rust references, and its content does not change.
         if unsafe {
             libc::madvise(
                 start as *mut libc::c_void,
-                length as usize,
+                now as usize,
                 libc::MADV_POPULATE_WRITE,
             )
         } != 0
         {
-            return;
+            self.0.clear();
         }
     }
 }
 
 /// Address in this process and length in bytes of each entry that lies in `ram`.
 fn places(list: &File, ram: &GuestMemory) -> Vec<(u64, u64)> {
-    let mut bytes = Vec::new();
+    let (mut list, mut bytes) = (list, Vec::new());
+    if list.rewind().is_err() {
+        return Vec::new();
+    }
     if list
         .take(MOST_ENTRIES * ENTRY as u64)
         .read_to_end(&mut bytes)
@@ -177,6 +221,22 @@ mod tests {
             .map(|(host, length)| (host - start, length))
             .collect();
         assert_eq!(found, [(2 * 4096, 2 * 4096), (1000 * 4096, 4096)]);
+
+        let present = |page: u64| {
+            let entries = pagemap::entries(
+                &File::open("/proc/self/pagemap").unwrap(),
+                start + page * 4096,
+                4096,
+            );
+            entries.unwrap()[0] & (PRESENT | OF_FILE) == PRESENT
+        };
+        let mut soon = Soon::read(&list, &other);
+        soon.prepare_step(PAGE);
+        assert_eq!([2, 3, 1000].map(present), [true, false, false]);
+        soon.prepare_all();
+        assert_eq!([2, 3, 1000, 2000].map(present), [true, true, true, false]);
+        assert!(soon.is_empty());
+        assert_eq!(other.read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
     }
 
     #[test]
