@@ -113,13 +113,15 @@ impl Bench<'_> {
             }
             Part::Io => {
                 let mut run = Run::new(vec!["with-containerd".into(), at("bench-io").into()]);
-                run.files = vec![script("bench-io"), script("bench-common"), program("io-load")?];
+                run.files = vec![script("bench-io"), script("bench-common")];
+                run.files.extend([program("io-load")?, program("boot")?]);
                 run.files.extend(self.tools.peers.files());
                 run.trees = vec![self.host.machine.qemu_tree()];
                 run.environment = vec![
                     ("BENCH_ROUNDS".to_owned(), rounds),
                     ("BENCH_FILES".to_owned(), self.arguments.files.to_string()),
                     ("BENCH_LOAD".to_owned(), at("io-load")),
+                    ("BENCH_BOOT".to_owned(), at("boot")),
                 ];
                 Ok(run)
             }
