@@ -87,6 +87,9 @@ fn directory_work(name: &str, directory: &Path, files: u32) -> io::Result<()> {
     drop(file);
     fs::remove_file(&path)?;
 
+    if files == 0 {
+        return Ok(());
+    }
     let many = directory.join("many");
     fs::create_dir(&many)?;
     let names: Vec<_> = (0..files).map(|number| many.join(format!("f{number}"))).collect();
