@@ -1,11 +1,13 @@
 //! Boots a VM without a sandbox and prints what becomes of it: a tool for working on the VMM.
 //!
 //! ```text
-//! cargo run --release -p bulkhead-vmm --example boot -- [--until-agent] VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]
+//! cargo run --release -p bulkhead-vmm --example boot -- [--until-agent] [--stream PORT:SOCKET …] \
+//!     VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]
 //! ```
 //!
 //! A stream awaits the agent's connection, so a healthy guest shows `VsockConnected`, and the time from the start of
 //! the VMM's process to it. The VM ends after ten seconds if it does not before; with `--until-agent` at that moment.
+//! `--stream` connects to a Unix socket and joins the guest's first connection to the host's port to it.
 
 use std::error::Error;
 use std::ffi::CString;
@@ -23,12 +25,28 @@ use bulkhead_protocol::control::{
 };
 use bulkhead_protocol::ports;
 
+const USAGE: &str =
+    "usage: boot [--until-agent] [--stream PORT:SOCKET …] VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]";
+
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    let until_agent = arguments.first().is_some_and(|first| first == "--until-agent");
-    arguments.drain(..usize::from(until_agent));
+    let mut arguments = std::env::args().skip(1).peekable();
+    let mut until_agent = false;
+    let mut streams = Vec::new();
+    while let Some(option) = arguments.next_if(|argument| argument.starts_with("--")) {
+        match option.as_str() {
+            "--until-agent" => until_agent = true,
+            "--stream" => {
+                let stream = arguments.next().ok_or(USAGE)?;
+                let (port, socket) = stream.split_once(':').ok_or(USAGE)?;
+                let stream = UnixStream::connect(socket).map_err(|error| format!("{socket}: {error}"))?;
+                streams.push((port.parse()?, stream));
+            }
+            _ => return Err(USAGE.into()),
+        }
+    }
+    let arguments: Vec<String> = arguments.collect();
     let [vmm, kernel, root, rest @ ..] = &arguments[..] else {
-        return Err("usage: boot [--until-agent] VMM KERNEL ROOT [MEMORY_MIB [VCPUS [PARAMETER …]]]".into());
+        return Err(USAGE.into());
     };
     let number = |index: usize, default: u32| rest.get(index).map_or(Ok(default), |text| text.parse());
     let memory_mib = number(0, 128)?;
@@ -62,12 +80,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     drop(theirs);
 
     let (_agent, far_end) = UnixStream::pair()?;
-    let descriptors: [OwnedFd; 4] = [
+    let mut descriptors: Vec<OwnedFd> = vec![
         File::options().read(true).write(true).open("/dev/kvm")?.into(),
         File::open(kernel)?.into(),
         File::open(root)?.into(),
         far_end.into(),
     ];
+    let mut vsock_listeners = vec![(ports::AGENT, Fd(3))];
+    for (port, stream) in streams {
+        vsock_listeners.push((port, Fd(descriptors.len().try_into()?)));
+        descriptors.push(stream.into());
+    }
     std::fs::remove_dir(&share)?;
     let config = VmConfig {
         version: VERSION,
@@ -90,7 +113,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         share: Some(bulkhead_protocol::control::Share {
             tag: "bulkhead".into(),
         }),
-        vsock_listeners: vec![(ports::AGENT, Fd(3))],
+        vsock_listeners,
         balloon: true,
         seccomp: true,
     };

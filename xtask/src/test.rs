@@ -1,5 +1,5 @@
 //! `cargo xtask test`: the integration tests with each containerd; beside them unit and property tests with nextest, format
-//! and lints, and a short run of each fuzz target.
+//! and lints, a short run of each fuzz target, and the ratios of the benchmark.
 
 mod conformance;
 mod counts;

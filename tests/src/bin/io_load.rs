@@ -1,17 +1,26 @@
 //! Work for the devices of a guest, for `cargo xtask bench`: the same program in our guest and in a peer's.
 //!
-//! `io-load fs NAME DIRECTORY`, `io-load block NAME DEVICE` and `io-load net NAME ADDRESS` print a line for each piece of
-//! work, `bench NAME_WORK MICROSECONDS` by the monotonic clock. `io-load serve ADDRESS` is the other end of the network.
-//! `fs NAME DIRECTORY FILES` sets the number of files that are created, looked at and removed.
+//! `io-load fs NAME DIRECTORY FILES`, `io-load block NAME DEVICE`, `io-load net NAME ADDRESS` and `io-load vsock NAME PORT`
+//! print a line for each piece of work, `bench NAME_WORK MICROSECONDS` by the monotonic clock. FILES are created, looked at
+//! and removed; none: that is left out. PORT is one of the host's (context id 2).
+//!
+//! `io-load serve ADDRESS` is the other end of streams: of TCP, of AF_VSOCK if the address is `vsock:PORT`, or of a Unix
+//! socket that it makes, `unix:PATH`, which a VMM without AF_VSOCK joins a guest to.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
+
+use bulkhead_protocol::ports::HOST_CID;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, listen, socket,
+};
 
 /// Bytes that are moved in sequence.
 const SEQUENCE: usize = 32 << 20;
@@ -20,8 +29,14 @@ const CHUNK: usize = 128 << 10;
 /// Small accesses anywhere, and bytes of each.
 const ACCESSES: u32 = 2048;
 const BLOCK: usize = 4096;
-/// Questions over the network, a byte each, each waiting for its answer.
+/// Questions over a stream, a byte each, each waiting for its answer.
 const QUESTIONS: u32 = 1000;
+
+/// What the other end of a stream is asked for: to take [`SEQUENCE`] bytes and say so, to send as many, or to answer
+/// [`QUESTIONS`].
+const SEND: &[u8; 1] = b"s";
+const RECEIVE: &[u8; 1] = b"r";
+const ASK: &[u8; 1] = b"q";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,10 +48,11 @@ fn main() -> ExitCode {
         },
         ["block", name, device] => device_work(name, device.as_ref()),
         ["net", name, address] => network_work(name, address),
+        ["vsock", name, port] => vsock_work(name, port),
         ["serve", address] => serve(address),
         _ => {
             eprintln!(
-                "usage: io-load fs NAME DIRECTORY FILES, io-load block|net NAME PLACE, io-load serve ADDRESS"
+                "usage: io-load fs NAME DIRECTORY FILES, io-load block|net|vsock NAME PLACE, io-load serve ADDRESS"
             );
             return ExitCode::FAILURE;
         }
@@ -71,6 +87,9 @@ fn directory_work(name: &str, directory: &Path, files: u32) -> io::Result<()> {
     drop(file);
     fs::remove_file(&path)?;
 
+    if files == 0 {
+        return Ok(());
+    }
     let many = directory.join("many");
     fs::create_dir(&many)?;
     let names: Vec<_> = (0..files).map(|number| many.join(format!("f{number}"))).collect();
@@ -173,29 +192,49 @@ impl Aligned {
 }
 
 fn network_work(name: &str, address: &str) -> io::Result<()> {
-    let connect = |kind: &[u8]| -> io::Result<TcpStream> {
-        let mut stream = TcpStream::connect(address)?;
+    stream_work(name, || {
+        let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
+        Ok(stream)
+    })
+}
+
+fn vsock_work(name: &str, port: &str) -> io::Result<()> {
+    let socket = vsock_socket()?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, number(port)?))?;
+    let stream = File::from(socket);
+    // Our VMM joins one connection to a descriptor that it was given, so one has to do for all.
+    stream_work(name, || stream.try_clone())
+}
+
+/// Moves bytes to the other end and back, over a stream of its own for each piece of work.
+fn stream_work<S: Read + Write>(name: &str, open: impl Fn() -> io::Result<S>) -> io::Result<()> {
+    let open = |kind: &[u8]| -> io::Result<S> {
+        let mut stream = open()?;
         stream.write_all(kind)?;
         Ok(stream)
     };
     let mut buffer = vec![0x5a; CHUNK];
-    let mut stream = connect(b"s")?;
-    time(name, "send", || {
-        for _ in (0..SEQUENCE).step_by(CHUNK) {
-            stream.write_all(&buffer)?;
-        }
-        // The other end has it all.
-        stream.read_exact(&mut [0])
-    })?;
-    let mut stream = connect(b"r")?;
-    time(name, "receive", || {
-        for _ in (0..SEQUENCE).step_by(CHUNK) {
-            stream.read_exact(&mut buffer)?;
-        }
-        Ok(())
-    })?;
-    let mut stream = connect(b"q")?;
+    {
+        let mut stream = open(SEND)?;
+        time(name, "send", || {
+            for _ in (0..SEQUENCE).step_by(CHUNK) {
+                stream.write_all(&buffer)?;
+            }
+            // The other end has it all.
+            stream.read_exact(&mut [0])
+        })?;
+    }
+    {
+        let mut stream = open(RECEIVE)?;
+        time(name, "receive", || {
+            for _ in (0..SEQUENCE).step_by(CHUNK) {
+                stream.read_exact(&mut buffer)?;
+            }
+            Ok(())
+        })?;
+    }
+    let mut stream = open(ASK)?;
     time(name, "questions", || {
         for _ in 0..QUESTIONS {
             stream.write_all(&[1])?;
@@ -205,11 +244,46 @@ fn network_work(name: &str, address: &str) -> io::Result<()> {
     })
 }
 
-/// Serves one connection after the other, for ever.
+fn number(text: &str) -> io::Result<u32> {
+    text.parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, format!("{text} is no port")))
+}
+
+fn vsock_socket() -> io::Result<OwnedFd> {
+    let kind = SockType::Stream;
+    Ok(socket(AddressFamily::Vsock, kind, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
 fn serve(address: &str) -> io::Result<()> {
-    let listener = TcpListener::bind(address)?;
+    if let Some(path) = address.strip_prefix("unix:") {
+        let listener = UnixListener::bind(path)?;
+        answer_all(|| Ok(listener.accept()?.0))
+    } else if let Some(port) = address.strip_prefix("vsock:") {
+        let listener = vsock_socket()?;
+        bind(
+            listener.as_raw_fd(),
+            &VsockAddr::new(libc::VMADDR_CID_ANY, number(port)?),
+        )?;
+        listen(&listener, Backlog::new(1)?)?;
+        answer_all(|| {
+            let stream = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+            // SAFETY: accept4 made the descriptor, and nobody else has it.
+            Ok(unsafe { File::from_raw_fd(stream) })
+        })
+    } else {
+        let listener = TcpListener::bind(address)?;
+        answer_all(|| {
+            let (stream, _) = listener.accept()?;
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        })
+    }
+}
+
+/// Serves one stream after the other, for ever.
+fn answer_all<S: Read + Write>(accept: impl Fn() -> io::Result<S>) -> io::Result<()> {
     loop {
-        let (stream, _) = listener.accept()?;
+        let stream = accept()?;
         // A guest that breaks off is no reason to serve no other.
         if let Err(error) = answer(stream) {
             eprintln!("io-load serve: {error}");
@@ -217,30 +291,32 @@ fn serve(address: &str) -> io::Result<()> {
     }
 }
 
-fn answer(mut stream: TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut kind = [0];
-    stream.read_exact(&mut kind)?;
+/// Does what each first byte says, until there is none.
+fn answer(mut stream: impl Read + Write) -> io::Result<()> {
     let mut buffer = vec![0x5a; CHUNK];
-    match &kind {
-        b"s" => {
-            for _ in (0..SEQUENCE).step_by(CHUNK) {
-                stream.read_exact(&mut buffer)?;
+    let mut kind = [0];
+    while stream.read(&mut kind)? == 1 {
+        match &kind {
+            SEND => {
+                for _ in (0..SEQUENCE).step_by(CHUNK) {
+                    stream.read_exact(&mut buffer)?;
+                }
+                stream.write_all(&[1])?;
             }
-            stream.write_all(&[1])
-        }
-        b"r" => {
-            for _ in (0..SEQUENCE).step_by(CHUNK) {
-                stream.write_all(&buffer)?;
+            RECEIVE => {
+                for _ in (0..SEQUENCE).step_by(CHUNK) {
+                    stream.write_all(&buffer)?;
+                }
             }
-            Ok(())
-        }
-        _ => {
-            let mut byte = [0];
-            while stream.read(&mut byte)? == 1 {
-                stream.write_all(&byte)?;
+            ASK => {
+                let mut byte = [0];
+                for _ in 0..QUESTIONS {
+                    stream.read_exact(&mut byte)?;
+                    stream.write_all(&byte)?;
+                }
             }
-            Ok(())
+            _ => return Err(io::ErrorKind::InvalidData.into()),
         }
     }
+    Ok(())
 }

@@ -8,10 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::peers::Peers;
 use super::picture::{self, Start};
-use super::{Arguments, Part};
-use crate::cargo::Programs;
+use super::{Arguments, Part, Tools};
 use crate::host::{Artifacts, Host, IMAGE, Outcome, Run};
 use crate::workspace;
 
@@ -36,12 +34,10 @@ pub struct Bench<'a> {
     pub arguments: &'a Arguments,
     /// Bulkhead.
     pub artifacts: &'a Artifacts,
-    /// The programs that measure.
-    pub programs: &'a Programs,
+    /// Programs that measure, and the peers.
+    pub tools: &'a Tools,
     /// The machine.
     pub host: &'a Host,
-    /// Programs of others.
-    pub peers: &'a Peers,
     /// An empty directory.
     pub out: &'a Path,
 }
@@ -54,10 +50,15 @@ impl Bench<'_> {
     /// A measurement fails, or no machine came to its end within the time limit.
     pub fn measure(&self, part: Part, remarks: &mut Vec<String>, starts: &mut Vec<Start>) -> Result<Values> {
         let files = self.out.join(part.name());
+        if files.exists() {
+            // Of another machine that has measured the same.
+            fs::remove_dir_all(&files).with_context(|| format!("cannot remove {}", files.display()))?;
+        }
         let transcript = self.out.join(format!("{}.transcript", part.name()));
         let mut run = self.run(part)?;
         run.deterministic = !self.arguments.real_time;
         run.timeout = Duration::from_secs(self.arguments.timeout);
+        run.label = Some(part.name().to_owned());
         run.out = Some(files.clone());
         run.transcript = Some(transcript.clone());
         repeat(part, self.arguments.timeout, remarks, || {
@@ -87,13 +88,13 @@ impl Bench<'_> {
     fn run(&self, part: Part) -> Result<Run> {
         let rounds = self.arguments.rounds.to_string();
         let at = |name: &str| format!("{DIRECTORY}/{name}");
-        let program = |name: &str| -> Result<_> { Ok((at(name), self.programs.get(name)?.to_owned())) };
+        let program = |name: &str| -> Result<_> { Ok((at(name), self.tools.programs.get(name)?.to_owned())) };
         let script = |name: &str| (at(name), workspace::path(&format!("tests/host/{name}")));
         match part {
             Part::Containers => {
                 let mut run = Run::new(vec!["with-containerd".into(), at("bench").into()]);
                 run.files = vec![script("bench"), script("bench-common"), program("boot")?];
-                run.files.extend(self.peers.files());
+                run.files.extend(self.tools.peers.files());
                 // QEMU as a peer, in the host: of the same release as the host's root.
                 run.trees = vec![self.host.machine.qemu_tree()];
                 run.environment = vec![
@@ -112,13 +113,15 @@ impl Bench<'_> {
             }
             Part::Io => {
                 let mut run = Run::new(vec!["with-containerd".into(), at("bench-io").into()]);
-                run.files = vec![script("bench-io"), script("bench-common"), program("io-load")?];
-                run.files.extend(self.peers.files());
+                run.files = vec![script("bench-io"), script("bench-common")];
+                run.files.extend([program("io-load")?, program("boot")?]);
+                run.files.extend(self.tools.peers.files());
                 run.trees = vec![self.host.machine.qemu_tree()];
                 run.environment = vec![
                     ("BENCH_ROUNDS".to_owned(), rounds),
                     ("BENCH_FILES".to_owned(), self.arguments.files.to_string()),
                     ("BENCH_LOAD".to_owned(), at("io-load")),
+                    ("BENCH_BOOT".to_owned(), at("boot")),
                 ];
                 Ok(run)
             }

@@ -40,8 +40,10 @@ pub enum Unit {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Take {
-    /// The middle one.
+    /// The smallest: the repetition that was disturbed least.
     #[default]
+    Least,
+    /// The middle one, of things that go on at the same time.
     Median,
     /// The greatest.
     Worst,
@@ -111,6 +113,7 @@ impl Side {
                 .filter(|measured| !measured.is_empty())
                 .with_context(|| format!("{name} was not measured"))?;
             parts.push(match take {
+                Take::Least => measured.iter().copied().min().unwrap_or(0),
                 Take::Median => median(measured),
                 Take::Worst => measured.iter().copied().max().unwrap_or(0),
             });
@@ -184,9 +187,27 @@ pub struct Ratios(BTreeMap<String, f64>);
 #[derive(Debug, Default, PartialEq)]
 pub struct Verdict {
     /// Worse by more than is allowed.
-    pub worse: Vec<String>,
+    pub worse: Vec<Worse>,
     /// Worth recording: better by as much, or new.
     pub news: Vec<String>,
+}
+
+/// A row whose ratio is worse than the recorded one.
+#[derive(Debug, PartialEq)]
+pub struct Worse {
+    /// The row's id.
+    pub id: String,
+    /// What it is, what its ratio was and is.
+    pub text: String,
+}
+
+/// What a second measurement says of rows that were worse.
+#[derive(Debug, Default, PartialEq)]
+pub struct Second {
+    /// Worse in both measurements.
+    pub worse: Vec<String>,
+    /// Worse in the first one only.
+    pub noise: Vec<String>,
 }
 
 impl Ratios {
@@ -205,9 +226,25 @@ impl Ratios {
         Ok(Self(ratios))
     }
 
+    /// These, by the rows' ids.
+    #[cfg(test)]
+    pub fn of(ratios: &[(&str, f64)]) -> Self {
+        Self(
+            ratios
+                .iter()
+                .map(|(id, ratio)| ((*id).to_owned(), *ratio))
+                .collect(),
+        )
+    }
+
     /// The recorded ratio of a row.
     pub fn get(&self, id: &str) -> Option<f64> {
         self.0.get(id).copied()
+    }
+
+    /// Whether a row's ratio is worse than the recorded one by more than is allowed.
+    fn is_worse(&self, id: &str, now: f64) -> bool {
+        self.get(id).is_some_and(|was| now > was * TOLERANCE)
     }
 
     /// Compares what was measured with what is recorded.
@@ -219,33 +256,63 @@ impl Ratios {
         for row in rows {
             let now = row.ratio(values)?;
             let name = format!("{} ({}, beside {})", row.id, row.what, row.peer);
-            match self.get(&row.id) {
-                None => verdict.news.push(format!("{name}: {now:.3}, not recorded")),
-                Some(was) if now > was * TOLERANCE => verdict.worse.push(format!(
-                    "{name}: {now:.3} after {was:.3}, {:+.1} %",
-                    (now / was - 1.0) * 100.0
-                )),
-                Some(was) if now * TOLERANCE < was => verdict.news.push(format!(
-                    "{name}: {now:.3} after {was:.3}, {:+.1} %",
-                    (now / was - 1.0) * 100.0
-                )),
-                Some(_) => (),
+            let Some(was) = self.get(&row.id) else {
+                verdict.news.push(format!("{name}: {now:.3}, not recorded"));
+                continue;
+            };
+            let text = format!(
+                "{name}: {now:.3} after {was:.3}, {:+.1} %",
+                (now / was - 1.0) * 100.0
+            );
+            if self.is_worse(&row.id, now) {
+                let id = row.id.clone();
+                verdict.worse.push(Worse { id, text });
+            } else if now * TOLERANCE < was {
+                verdict.news.push(text);
             }
         }
         Ok(verdict)
+    }
+
+    /// Looks at rows that were worse in the values of another measurement.
+    ///
+    /// # Errors
+    /// A value was not measured.
+    pub fn judge_again<'a>(
+        &self,
+        worse: Vec<Worse>,
+        rows: impl Iterator<Item = &'a Row>,
+        values: &Values,
+    ) -> Result<Second> {
+        let rows: BTreeMap<_, _> = rows.map(|row| (row.id.as_str(), row)).collect();
+        let mut second = Second::default();
+        for Worse { id, text } in worse {
+            let row = rows
+                .get(id.as_str())
+                .with_context(|| format!("no row is called {id}"))?;
+            let now = row.ratio(values)?;
+            let text = format!("{text}; measured once more: {now:.3}");
+            if self.is_worse(&id, now) {
+                second.worse.push(text);
+            } else {
+                second.noise.push(text);
+            }
+        }
+        Ok(second)
     }
 
     /// Takes over what was measured and forgets rows that do not exist any more.
     ///
     /// # Errors
     /// A value was not measured, or the file cannot be written.
-    pub fn record(mut self, path: &Path, rows: &Rows, parts: &[Part], values: &Values) -> Result<()> {
+    pub fn record(&self, path: &Path, rows: &Rows, parts: &[Part], values: &Values) -> Result<()> {
+        let mut ratios = self.0.clone();
         for row in rows.of(parts) {
             let ratio = (row.ratio(values)? * 1000.0).round() / 1000.0;
-            self.0.insert(row.id.clone(), ratio);
+            ratios.insert(row.id.clone(), ratio);
         }
-        self.0.retain(|id, _| rows.rows.iter().any(|row| row.id == *id));
-        let text = serde_json::to_string_pretty(&self.0).context("cannot write the ratios")?;
+        ratios.retain(|id, _| rows.rows.iter().any(|row| row.id == *id));
+        let text = serde_json::to_string_pretty(&ratios).context("cannot write the ratios")?;
         fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
     }
 }
@@ -270,6 +337,11 @@ mod tests {
         }
     }
 
+    /// Ours, and 1,000 for the peer.
+    fn values(ours: &[u64]) -> Values {
+        Values::from([("a".to_owned(), ours.to_vec()), ("b".to_owned(), vec![1000])])
+    }
+
     #[test]
     fn the_repositorys_rows_and_ratios_fit() {
         let rows = Rows::load(&rows_file()).unwrap();
@@ -282,19 +354,21 @@ mod tests {
     #[test]
     fn worse_by_more_than_a_twentieth_is_told() {
         let rows = [
-            row("even", Take::Median),
+            row("even", Take::Least),
             row("worst", Take::Worst),
             row("new", Take::Median),
         ];
-        let ratios = Ratios([("even".to_owned(), 1.0), ("worst".to_owned(), 1.0)].into());
-        let values =
-            |ours: &[u64]| Values::from([("a".to_owned(), ours.to_vec()), ("b".to_owned(), vec![1000])]);
+        let ratios = Ratios::of(&[("even", 1.0), ("worst", 1.0)]);
         let judge = |ours: &[u64]| ratios.judge(rows.iter(), &values(ours)).unwrap();
         let verdict = judge(&[1000, 1050, 1050]);
-        assert_eq!(verdict.worse, [] as [String; 0]);
+        assert_eq!(verdict.worse, []);
         assert_eq!(verdict.news, ["new (x, beside p): 1.050, not recorded"]);
         let verdict = judge(&[1000, 1000, 1060]);
-        assert_eq!(verdict.worse, ["worst (x, beside p): 1.060 after 1.000, +6.0 %"]);
+        assert_eq!(verdict.worse.len(), 1);
+        assert_eq!(
+            verdict.worse[0].text,
+            "worst (x, beside p): 1.060 after 1.000, +6.0 %"
+        );
         let verdict = judge(&[1051, 1051, 1051]);
         assert_eq!(verdict.worse.len(), 2);
         let verdict = judge(&[900]);
@@ -303,26 +377,52 @@ mod tests {
     }
 
     #[test]
+    fn only_what_is_worse_twice_is_worse() {
+        let rows = [row("least", Take::Least), row("worst", Take::Worst)];
+        let ratios = Ratios::of(&[("least", 1.0), ("worst", 1.0)]);
+        let twice = |first: &[u64], second: &[u64]| {
+            let worse = ratios.judge(rows.iter(), &values(first)).unwrap().worse;
+            ratios.judge_again(worse, rows.iter(), &values(second)).unwrap()
+        };
+        let second = twice(&[1100, 1200], &[1040, 1300]);
+        assert_eq!(
+            second.worse,
+            ["worst (x, beside p): 1.200 after 1.000, +20.0 %; measured once more: 1.300"]
+        );
+        assert_eq!(
+            second.noise,
+            ["least (x, beside p): 1.100 after 1.000, +10.0 %; measured once more: 1.040"]
+        );
+        // What is worse in the second measurement alone was good once.
+        assert_eq!(twice(&[1000], &[2000]), Second::default());
+        let worse = ratios.judge(rows.iter(), &values(&[2000])).unwrap().worse;
+        assert!(ratios.judge_again(worse, rows.iter(), &Values::new()).is_err());
+    }
+
+    #[test]
+    fn repetitions_count_by_their_least_and_others_by_their_middle() {
+        let values = values(&[3000, 1000, 2000]);
+        let of = |take| row("a", take).ratio(&values).unwrap();
+        assert_eq!(
+            [of(Take::Least), of(Take::Median), of(Take::Worst)],
+            [1.0, 2.0, 3.0]
+        );
+    }
+
+    #[test]
     fn records_replace_what_was_measured_only() {
         let path = std::env::temp_dir().join(format!("bulkhead-ratios-{}.json", std::process::id()));
         let rows = Rows {
             tables: Vec::new(),
             rows: vec![
-                row("a", Take::Median),
+                row("a", Take::Least),
                 Row {
                     part: Part::Pods,
-                    ..row("b", Take::Median)
+                    ..row("b", Take::Least)
                 },
             ],
         };
-        let old = Ratios(
-            [
-                ("a".to_owned(), 9.0),
-                ("b".to_owned(), 2.0),
-                ("gone".to_owned(), 1.0),
-            ]
-            .into(),
-        );
+        let old = Ratios::of(&[("a", 9.0), ("b", 2.0), ("gone", 1.0)]);
         let values = Values::from([("a".to_owned(), vec![1]), ("b".to_owned(), vec![3])]);
         old.record(&path, &rows, &[Part::Containers], &values).unwrap();
         let new = Ratios::load(&path, &rows).unwrap();

@@ -13,6 +13,7 @@ use super::Arguments;
 use super::conformance::Shown;
 use super::counts::Counts;
 use super::suites::{Job, Suite};
+use crate::bench;
 use crate::cargo::{self, Programs};
 use crate::here;
 use crate::host::{ARTIFACT_STEPS, Artifacts, Base, HOST_STEPS, Host, IMAGE, Outcome, Run};
@@ -42,11 +43,14 @@ const FAULT_DIVISOR: &str = "3";
 /// Failed tests are repeated once in the emulated host, unless there are more than this.
 const MOST_REPEATED: usize = 4;
 
+/// The name of the test that the benchmark's ratios are.
+const RATIOS: &str = "benchmark: ratios";
+
 /// Where the integration tests are in the emulated host.
 const DIRECTORY: &str = "/opt/tests";
 
 /// Builds everything and runs the tests, on this machine or in the emulated host. `others` are run beside those of
-/// emulated hosts, which keep one processor each busy.
+/// emulated hosts, which keep one processor each busy. When all is tested, the benchmark's ratios are too.
 ///
 /// # Errors
 /// Something cannot be built or started, or the error of `others`.
@@ -81,6 +85,11 @@ pub fn run(
         let build = ["test", "--no-run", "--workspace", "--test=guest"];
         programs.extend(cargo::build(progress, "tests of the agent", &build)?);
     }
+    let tools = if arguments.integration || !Job::are_all(arguments) {
+        None
+    } else {
+        Some(bench::Tools::build(progress, &bench::Arguments::of_tests())?)
+    };
     let shown = Mutex::default();
     let mut counts = match kvm::choose(&artifacts.cli)? {
         Place::Here => {
@@ -88,9 +97,14 @@ pub fn run(
                 Some(faulty) if suite == Suite::Faults => faulty,
                 _ => &artifacts,
             };
-            let counts = here(progress, &programs, &installed, &jobs, arguments, &shown)?;
+            let mut counts = here(progress, &programs, &installed, &jobs, arguments, &shown)?;
             // Here the deadlines of the integration tests are real ones.
-            [counts, others()?].into_iter().sum()
+            counts += others()?;
+            if let Some(tools) = &tools {
+                progress.extend(HOST_STEPS);
+                counts += ratios(tools, &artifacts, &Host::build(progress)?);
+            }
+            counts
         }
         Place::Emulated => {
             progress.extend(HOST_STEPS);
@@ -101,6 +115,7 @@ pub fn run(
                     artifacts: &artifacts,
                     faulty: faulty.as_ref(),
                     host: &host,
+                    tools: tools.as_ref(),
                     arguments,
                     shown: &shown,
                 },
@@ -126,23 +141,35 @@ struct Emulation<'a> {
     /// With a shim that has faults.
     faulty: Option<&'a Artifacts>,
     host: &'a Host,
+    /// With what the benchmark measures, if it does.
+    tools: Option<&'a bench::Tools>,
     arguments: &'a Arguments,
     shown: &'a Mutex<Shown>,
 }
 
-/// Each suite in a machine of its own, as many at once as this one can carry. The last of them begins when `others` are
-/// done.
+/// What takes a machine.
+enum Work<'a> {
+    Suite(&'a Job),
+    Ratios(&'a bench::Tools),
+}
+
+/// Each suite in a machine of its own, as many at once as this one can carry, and the benchmark, whose time is counted in
+/// instructions whatever runs beside it. The last of the workers begins when `others` are done.
 fn emulated(
     emulation: &Emulation<'_>,
     jobs: &[Job],
     others: impl FnOnce() -> Result<Counts> + Send,
 ) -> Result<Counts> {
-    let queue = Mutex::new(jobs.iter());
+    let suites = jobs.iter().map(Work::Suite);
+    let queue = Mutex::new(suites.chain(emulation.tools.map(Work::Ratios)));
     let work = |mut counts: Counts| -> Result<Counts> {
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(job) = next else { return Ok(counts) };
-            counts += emulation.job(job)?;
+            counts += match next {
+                Some(Work::Suite(job)) => emulation.job(job)?,
+                Some(Work::Ratios(tools)) => ratios(tools, emulation.artifacts, emulation.host),
+                None => return Ok(counts),
+            };
         }
     };
     thread::scope(|scope| {
@@ -158,6 +185,16 @@ fn emulated(
         let ends: Vec<_> = workers.into_iter().map(join).collect();
         ends.into_iter().sum()
     })
+}
+
+/// Compares the benchmark's ratios with those recorded, which counts as one test.
+fn ratios(tools: &bench::Tools, artifacts: &Artifacts, host: &Host) -> Counts {
+    let outcome = bench::run(&bench::Arguments::of_tests(), tools, artifacts, host);
+    match &outcome {
+        Ok(()) => eprintln!("{RATIOS} | none is worse than recorded"),
+        Err(error) => eprintln!("{RATIOS} | {error:#}"),
+    }
+    Counts::of(RATIOS, outcome.is_ok())
 }
 
 /// How many emulated hosts this machine can run: each keeps a processor busy and fills its memory.
