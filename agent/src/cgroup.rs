@@ -1,6 +1,6 @@
 //! The guest's cgroup v2 hierarchy.
 //!
-//! `/agent` holds the agent, `/bulkhead/<id>` a container. Limits are written by the agent itself, at creation
+//! `/agent` holds the agent, `/bulkhead/<id>` a container, `/filter` nothing ([`keep_filter`]). Limits are written by the agent itself, at creation
 //! and on update by the same code; libcontainer only moves processes in.
 
 mod bounds;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use bounds::bound;
-pub use devices::{DeviceRules, attach as attach_device_filter, hold_pack};
+pub use devices::{DeviceRules, attach as attach_device_filter};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use oci_spec::runtime::LinuxResources;
 pub use resources::{Setting, settings};
@@ -29,6 +29,9 @@ pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
 
 /// Parent of the containers' groups, below [`MOUNT_POINT`].
 const CONTAINERS: &str = "bulkhead";
+
+/// The group of [`keep_filter`].
+const FILTER: &str = "filter";
 
 /// How long the kernel has to freeze, thaw or kill a group.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
@@ -108,6 +111,18 @@ pub fn prepare() -> Result<(), CgroupError> {
         write(&group.join("cgroup.subtree_control"), &enable)?;
     }
     Ok(())
+}
+
+/// Makes a group that stays, with a device filter and no process. The kernel puts compiled filters, those of seccomp as
+/// well, into packs of 2 MiB, and fills all of one with traps when it makes it; and it changes its own code when the first
+/// group has a filter. As long as this group is there neither is done again.
+///
+/// # Errors
+/// The hierarchy is not mounted, or the kernel refuses the filter.
+pub fn keep_filter() -> Result<(), CgroupError> {
+    let group = Path::new(MOUNT_POINT).join(FILTER);
+    make_dir(&group)?;
+    attach_device_filter(&group, &DeviceRules::default())
 }
 
 /// A container's group.

@@ -1,6 +1,5 @@
 //! The ttrpc service: a thin layer over [`Containers`].
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -49,8 +48,6 @@ pub struct Service {
     gate: Arc<Gate>,
     checkpoint: Arc<Checkpoint>,
     shutdown: Arc<Notify>,
-    /// What was prepared for guests made from this one, for as long as they live.
-    prepared: Mutex<Option<OwnedFd>>,
 }
 
 impl Service {
@@ -63,7 +60,6 @@ impl Service {
             sandbox: Mutex::new(None),
             gate,
             shutdown,
-            prepared: Mutex::default(),
         }
     }
 }
@@ -125,8 +121,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         _: proto::PrepareRequest,
     ) -> ttrpc::Result<proto::PrepareResponse> {
-        let pack = cgroup::hold_pack().map_err(Error::Cgroup)?;
-        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(pack);
+        cgroup::keep_filter().map_err(Error::Cgroup)?;
         Ok(proto::PrepareResponse::new())
     }
 

@@ -263,15 +263,6 @@ struct AttachAttr {
     attach_flags: u32,
 }
 
-/// Loads a filter that nothing is attached to. The kernel puts compiled filters, those of seccomp as well, into packs of
-/// 2 MiB, and fills the whole of one with traps when it makes it: as long as this filter is there, its pack is.
-///
-/// # Errors
-/// As [`attach`].
-pub fn hold_pack() -> Result<OwnedFd, CgroupError> {
-    load(&DeviceRules(Vec::new()))
-}
-
 fn load(rules: &DeviceRules) -> Result<OwnedFd, CgroupError> {
     let code = program(rules);
     let license = c"Apache-2.0";
