@@ -66,14 +66,8 @@ impl Sandbox {
         if let Some(store) = &store
             && let Some(template) = self.find_template(store)
         {
-            let listed = template.written.is_some();
-            match self.begin(Origin::Template(template)).await {
-                Ok(guest) => {
-                    if !listed {
-                        self.list_first(&guest.vm, store).await;
-                    }
-                    return self.connect(guest).await;
-                }
+            match self.begin(Origin::Template(template, store)).await {
+                Ok(guest) => return self.connect(guest).await,
                 Err(error @ Error::Step(..)) => return Err(error),
                 // Whoever ended it may end the next as well; the template is not tried again.
                 Err(error @ Error::Ended(_)) => {
@@ -156,11 +150,17 @@ impl Sandbox {
                 guest.agent.setup_sandbox(&self.setup_request(), limit).await?;
                 false
             }
-            Origin::Template(_) => {
+            Origin::Template(template, store) => {
                 let (resume, setup) = (self.resume_request()?, self.setup_request());
                 let agent = &guest.agent;
                 let resumed = self.first(agent.resume(&resume, limit));
-                tokio::try_join!(resumed, agent.setup_sandbox(&setup, limit))?;
+                if template.written.is_some() {
+                    tokio::try_join!(resumed, agent.setup_sandbox(&setup, limit))?;
+                } else {
+                    resumed.await?;
+                    self.list_first(&guest.vm, store).await;
+                    agent.setup_sandbox(&setup, limit).await?;
+                }
                 false
             }
             Origin::Snapshot(restore) => {
@@ -271,7 +271,7 @@ impl Sandbox {
                 kernel: fds.add(open_for_vm("guest kernel", &config.kernel, false)?),
                 command_line: config.kernel_parameters.clone(),
             },
-            Origin::Template(template) => Start::Snapshot {
+            Origin::Template(template, _) => Start::Snapshot {
                 state: fds.add(template.state.try_clone().map_err(VmError::Descriptor)?.into()),
                 memory: fds.add(template.memory.try_clone().map_err(VmError::Descriptor)?.into()),
                 written: match &template.written {

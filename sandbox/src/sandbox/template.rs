@@ -22,8 +22,8 @@ const ENTROPY: usize = 64;
 pub(super) enum Origin<'a> {
     /// At its kernel; it may leave a template behind.
     Kernel(Option<Box<Making>>),
-    /// Where the template was written.
-    Template(Template),
+    /// Where the template was written, which is of this store.
+    Template(Template, &'a Store),
     /// Where a running pod was written down.
     Snapshot(&'a Restore),
 }
