@@ -39,6 +39,7 @@ mod ioctl {
     pub const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
     pub const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
     pub const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+    pub const KVM_IOEVENTFD: u32 = 0x4040_ae79;
     pub const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
     pub const KVM_GET_SREGS: u32 = 0x8138_ae83;
     pub const KVM_GET_XSAVE: u32 = 0x9000_aea4;
@@ -195,7 +196,7 @@ pub const RULES: &[Rule] = &[
         ioctl::VHOST_SET_OWNER,
         ioctl::VHOST_GET_VRING_BASE,
     ])),
-    // vCPUs and memory that are added.
+    // vCPUs and memory that are added; kicks of queues that turn out to be busy.
     checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
         ioctl::KVM_CREATE_VCPU,
         ioctl::KVM_SET_CPUID2,
@@ -203,6 +204,7 @@ pub const RULES: &[Rule] = &[
         ioctl::KVM_GET_LAPIC,
         ioctl::KVM_SET_LAPIC,
         ioctl::KVM_SET_USER_MEMORY_REGION,
+        ioctl::KVM_IOEVENTFD,
     ])),
     // Snapshots.
     checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
