@@ -52,6 +52,7 @@ mod ioctl {
     pub const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
     pub const TUNSETOFFLOAD: u32 = 0x4004_54d0;
     pub const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+    pub const TUNSETQUEUE: u32 = 0x4004_54d9;
     pub const VHOST_GET_FEATURES: u32 = 0x8008_af00;
     pub const VHOST_SET_FEATURES: u32 = 0x4008_af00;
     pub const VHOST_SET_OWNER: u32 = 0xaf01;
@@ -110,6 +111,8 @@ pub const RULES: &[Rule] = &[
         // A driver chooses its offloads.
         ioctl::TUNSETOFFLOAD,
         ioctl::TUNSETVNETHDRSZ,
+        // It turns pairs of queues on, and a reset turns them off.
+        ioctl::TUNSETQUEUE,
     ])),
     rule("read", libc::SYS_read, V | M | F),
     rule("write", libc::SYS_write, V | M | F),
