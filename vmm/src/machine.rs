@@ -360,9 +360,10 @@ pub fn attach_net(
 ) -> Result<(), BuildError> {
     let tap = take("net.tap", net.tap)?;
     let vhost = net.vhost.map(|fd| take("net.vhost", fd)).transpose()?;
-    slot.attach(tap, net.mac, net.mtu).map_err(BuildError::NetSlot)?;
+    slot.attach(vec![tap], net.mac, net.mtu)
+        .map_err(BuildError::NetSlot)?;
     if let Some(vhost) = vhost
-        && let Err(error) = slot.serve_by(vhost)
+        && let Err(error) = slot.serve_by(vec![vhost])
     {
         // It has just been filled.
         let _ = slot.detach();

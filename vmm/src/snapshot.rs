@@ -35,7 +35,7 @@ pub use crate::virtio::DeviceState;
 pub use processor::{Processor, ProcessorError};
 
 /// Version of the payload: raised with every change of [`MachineState`] or of anything in it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"BLKHSNAP";
 const HEADER_SIZE: usize = 20;

@@ -67,7 +67,7 @@ impl Devices {
         }
         let mut nets = Vec::new();
         for slot in 0..config.net_slots {
-            let device = Arc::new(Mutex::new(Net::new(slot).map_err(BuildError::Net)?));
+            let device = Arc::new(Mutex::new(Net::new(slot, 1).map_err(BuildError::Net)?));
             all.push(device.clone());
             nets.push(device);
         }
