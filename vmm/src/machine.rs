@@ -358,12 +358,12 @@ pub fn attach_net(
     net: &control::Net,
     mut take: impl FnMut(&'static str, Fd) -> Result<OwnedFd, BuildError>,
 ) -> Result<(), BuildError> {
-    let tap = take("net.tap", net.tap)?;
-    let vhost = net.vhost.map(|fd| take("net.vhost", fd)).transpose()?;
-    slot.attach(vec![tap], net.mac, net.mtu)
-        .map_err(BuildError::NetSlot)?;
-    if let Some(vhost) = vhost
-        && let Err(error) = slot.serve_by(vec![vhost])
+    let mut all = |what, fds: &[Fd]| -> Result<Vec<_>, _> { fds.iter().map(|fd| take(what, *fd)).collect() };
+    let taps = all("net.taps", &net.taps)?;
+    let vhosts = all("net.vhosts", &net.vhosts)?;
+    slot.attach(taps, net.mac, net.mtu).map_err(BuildError::NetSlot)?;
+    if !vhosts.is_empty()
+        && let Err(error) = slot.serve_by(vhosts)
     {
         // It has just been filled.
         let _ = slot.detach();

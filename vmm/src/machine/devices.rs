@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bulkhead_protocol::control::{Fd, VMM_PROC_FD, VmConfig};
+use bulkhead_protocol::control::{self, Fd, VMM_PROC_FD, VmConfig};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -66,8 +66,9 @@ impl Devices {
             all.push(hotplug.device.clone());
         }
         let mut nets = Vec::new();
+        let pairs = control::queue_pairs(config.max_vcpus);
         for slot in 0..config.net_slots {
-            let device = Arc::new(Mutex::new(Net::new(slot, 1).map_err(BuildError::Net)?));
+            let device = Arc::new(Mutex::new(Net::new(slot, pairs).map_err(BuildError::Net)?));
             all.push(device.clone());
             nets.push(device);
         }
