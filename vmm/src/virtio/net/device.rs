@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -18,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::control::Control;
 use super::frames::{Active, HEADER_SIZE, MAX_SEGMENT};
 use super::kernel::KernelRings;
-use super::pairs::Queues;
+use super::pairs::{Changes, Queues};
 use super::tap::{OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
 use super::vhost::{Vhost, VhostError};
 use super::watch::{ERRORS, KICKS, TAPS, WAKE};
@@ -115,6 +116,8 @@ pub struct Net {
     pub(super) unused: Vec<Queue>,
     /// Why the device has to stop, found where nobody could be told.
     pub(super) failure: Option<DeviceError>,
+    /// Changes of their number that the driver may make.
+    pub(super) changes: Changes,
     /// It was told that a pair cannot be turned on.
     pub(super) reported: bool,
 }
@@ -178,6 +181,7 @@ impl Net {
             control: None,
             unused: Vec::new(),
             failure: None,
+            changes: Changes::new(Instant::now()),
             reported: false,
         })
     }

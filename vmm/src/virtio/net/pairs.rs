@@ -4,6 +4,7 @@
 //! for frames that nobody takes. The first pair is always on, and its queue always attached.
 
 use std::io::{self, Write};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use virtio_queue::{Error, Queue};
@@ -12,6 +13,40 @@ use super::device::{Net, NetState};
 use crate::error_chain;
 use crate::virtio::DeviceError;
 use crate::virtio::queue::DeviceQueueState;
+
+/// Commands in a row that turn pairs on, and the time after which there may be one more.
+const CHANGES: u32 = 32;
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Limits how often a driver turns pairs on, and so off: for a queue of a tap the host's kernel takes a lock that all
+/// interfaces share, and waits for all processors.
+#[derive(Debug)]
+pub(super) struct Changes {
+    left: u32,
+    since: Instant,
+}
+
+impl Changes {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            left: CHANGES,
+            since: now,
+        }
+    }
+
+    /// Whether there may be one at `now`.
+    pub(super) fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.since).as_secs() / INTERVAL.as_secs();
+        let earned = u32::try_from(passed).unwrap_or(u32::MAX);
+        if earned > 0 {
+            self.left = self.left.saturating_add(earned).min(CHANGES);
+            self.since = now;
+        }
+        let may = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        may
+    }
+}
 
 /// Queues of an activation by their use (virtio 1.2, 5.1.2).
 pub(super) struct Queues {
@@ -64,6 +99,9 @@ impl Net {
             return false;
         }
         let before = self.on;
+        if count > before && !self.changes.take(Instant::now()) {
+            return false;
+        }
         if let Err(error) = self.turn_on(count) {
             if !std::mem::replace(&mut self.reported, true) {
                 // Nobody reads it once the sandbox has gone.

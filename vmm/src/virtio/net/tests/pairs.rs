@@ -9,6 +9,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::virtio::net::pairs::Changes;
 use crate::virtio::test_queue::GAP;
 use crate::virtio::{Activation, DeviceState, RestoreError};
 
@@ -248,6 +249,41 @@ fn a_reset_leaves_one_pair() {
     assert_eq!(guest.command(&set_pairs(2)), None);
     guest.start(PAIRS).unwrap();
     assert_eq!((guest.state().on, guest.attached()), (1, [None, Some(false)]));
+}
+
+#[test]
+fn pairs_are_not_turned_on_without_an_end() {
+    let mut guest = Pairs::started();
+    let mut done = 0;
+    for _ in 0..200 {
+        done += usize::from(guest.command(&set_pairs(2)) == OK);
+        assert_eq!(guest.command(&set_pairs(1)), OK);
+    }
+    // One more a second.
+    assert!((32..100).contains(&done), "{done}");
+    // A start does not change that.
+    guest.net.reset();
+    let mut guest = Pairs {
+        wires: guest.wires,
+        ..Pairs::on(guest.net)
+    };
+    guest.start(PAIRS).unwrap();
+    for _ in 0..100 {
+        let _ = guest.command(&set_pairs(2));
+        let _ = guest.command(&set_pairs(1));
+    }
+    assert_eq!(guest.state().on, 1);
+
+    let begin = std::time::Instant::now();
+    let mut changes = Changes::new(begin);
+    let mut in_a_row = |seconds: u64| {
+        let now = begin + std::time::Duration::from_secs(seconds);
+        (0..100).filter(|_| changes.take(now)).count()
+    };
+    assert_eq!(
+        [0, 0, 1, 1, 4, 1_000_000].map(&mut in_a_row),
+        [32, 0, 1, 0, 3, 32]
+    );
 }
 
 #[test]
