@@ -1,5 +1,6 @@
 //! The guest's interfaces, addresses, routes and neighbours, set over rtnetlink.
 
+pub mod channels;
 pub mod forward;
 mod message;
 pub mod plug;

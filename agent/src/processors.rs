@@ -26,6 +26,16 @@ pub enum ProcessorError {
     File(#[from] FileError),
 }
 
+/// How many are on line.
+///
+/// # Errors
+/// The kernel's file cannot be read.
+pub fn online() -> Result<u32, ProcessorError> {
+    let path = Path::new(PROCESSORS).join("online");
+    let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
+    Ok(count(&text))
+}
+
 /// Brings the first `wanted` processors on line and takes the others off line; how many are on line then.
 ///
 /// # Errors

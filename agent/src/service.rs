@@ -157,6 +157,10 @@ impl Agent for Service {
         request: proto::PlugDeviceRequest,
     ) -> ttrpc::Result<proto::PlugDeviceResponse> {
         network::plug::plug(request.place, request.present).map_err(Error::Plug)?;
+        if request.present {
+            // A processor may have come while the driver counted them.
+            network::channels::fit();
+        }
         Ok(proto::PlugDeviceResponse::new())
     }
 
@@ -280,7 +284,11 @@ impl Agent for Service {
     ) -> ttrpc::Result<proto::SetProcessorsResponse> {
         // A processor takes a moment to start or stop, for which the kernel keeps the writer waiting.
         let _working = self.gate.work();
-        let set = tokio::task::spawn_blocking(move || processors::set_online(request.online));
+        let set = tokio::task::spawn_blocking(move || {
+            let set = processors::set_online(request.online);
+            network::channels::fit();
+            set
+        });
         let online = joined(set.await)?.map_err(Error::Processors)?;
         Ok(proto::SetProcessorsResponse {
             online,

@@ -55,7 +55,7 @@ enum Word {
     Text(String),
 }
 
-const WORDS: [&str; 40] = [
+const WORDS: [&str; 41] = [
     "{",
     "}",
     "[",
@@ -87,7 +87,8 @@ const WORDS: [&str; 40] = [
     "\"files\"",
     "\"read_only\"",
     "\"net\"",
-    "\"tap\"",
+    "\"taps\"",
+    "\"vhosts\"",
     "\"mac\"",
     "\"mtu\"",
     "\"mib\"",
@@ -150,7 +151,7 @@ impl Devices {
         const REASON: &str = "there are descriptors";
         Self {
             disk: Block::new(0, None),
-            net: Net::new(0).expect(REASON),
+            net: Net::new(0, 2).expect(REASON),
             balloon: Balloon::new(),
             mem: Mem::new(1 << 32, 1 << 30),
             vsock: Vsock::new(3).expect(REASON),

@@ -30,6 +30,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 /// Bytes of a disk's file.
 const DISK: u64 = 32 << 10;
 
+/// Pairs of queues of the network device: with its control queue it has as many queues as the driver knows.
+const PAIRS: u8 = 2;
+
 #[derive(Arbitrary, Debug)]
 enum Kind {
     Block { files: u8, odd: u16, read_only: bool },
@@ -57,7 +60,7 @@ struct Case {
 /// The device as the host holds it.
 enum Host {
     Block(Arc<Mutex<Block>>, Vec<File>, bool),
-    Net(Arc<Mutex<Net>>, Option<File>),
+    Net(Arc<Mutex<Net>>, Vec<File>),
     Balloon(Arc<Mutex<Balloon>>),
     Mem(Arc<Mutex<Mem>>),
     Vsock(Arc<Mutex<Vsock>>, Vec<UnixStream>),
@@ -90,6 +93,11 @@ fn wire() -> (std::os::fd::OwnedFd, File) {
     (far, near.into())
 }
 
+/// Wires for all pairs: the device's ends and ours.
+fn wires() -> (Vec<std::os::fd::OwnedFd>, Vec<File>) {
+    (0..PAIRS).map(|_| wire()).unzip()
+}
+
 impl Host {
     fn new(kind: &Kind) -> (Self, Arc<Mutex<dyn VirtioDevice>>) {
         match *kind {
@@ -108,11 +116,12 @@ impl Host {
                 (Self::Block(block, files, read_only), device)
             }
             Kind::Net => {
-                let mut net = Net::new(0).expect("there are descriptors");
-                let (far, near) = wire();
-                net.attach(far, [2, 0, 0, 0, 0, 1], 1500).expect("it is a wire");
+                let mut net = Net::new(0, PAIRS).expect("there are descriptors");
+                let (fars, nears) = wires();
+                net.attach(fars, [2, 0, 0, 0, 0, 1], 1500)
+                    .expect("they are wires");
                 let (net, device) = shared(net);
-                (Self::Net(net, Some(near)), device)
+                (Self::Net(net, nears), device)
             }
             Kind::Rng => (Self::Nothing, shared(Rng::new()).1),
             Kind::Balloon => {
@@ -153,30 +162,32 @@ impl Host {
                     let _ = block.attach(disk);
                 }
             }
-            Self::Net(net, near) => match what % 8 {
+            Self::Net(net, nears) => match what % 8 {
                 0 => {
-                    *near = None;
+                    nears.clear();
                     let _ = net.lock().expect("nobody panicked").detach();
                 }
                 1 => {
-                    let (far, ours) = wire();
+                    let (fars, ours) = wires();
                     if net
                         .lock()
                         .expect("nobody panicked")
-                        .attach(far, [2, 0, 0, 0, 0, 1], 68 + value as u16 % 9000)
+                        .attach(fars, [2, 0, 0, 0, 0, 1], 68 + value as u16 % 9000)
                         .is_ok()
                     {
-                        *near = Some(ours);
+                        *nears = ours;
                     }
                 }
-                2 => drop(near.take()),
+                2 => nears.clear(),
                 3 => {
                     let mut frame = [0; 70_000];
-                    let _ = near.as_mut().map(|near| near.read(&mut frame));
+                    for near in nears {
+                        let _ = near.read(&mut frame);
+                    }
                 }
                 _ => {
                     let frame = vec![what; value as usize % 66_000];
-                    let _ = near.as_mut().map(|near| near.write(&frame));
+                    let _ = nears.get_mut(value as usize % 2).map(|near| near.write(&frame));
                 }
             },
             Self::Balloon(balloon) => {

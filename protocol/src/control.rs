@@ -26,6 +26,16 @@ pub const VMM_PROC_FD: i32 = 4;
 /// Version of these messages, sent in [`VmConfig::version`]; a VMM of another version refuses.
 pub const VERSION: u32 = 6;
 
+/// Most pairs of queues of a network device. Each takes rings in the guest and descriptors on the host, and a worker of the
+/// host's kernel once it is on.
+pub const MAX_QUEUE_PAIRS: u8 = 4;
+
+/// Pairs of queues that each network device of a VM has: one for each vCPU that it can have, up to [`MAX_QUEUE_PAIRS`].
+#[must_use]
+pub fn queue_pairs(max_vcpus: u8) -> u8 {
+    max_vcpus.clamp(1, MAX_QUEUE_PAIRS)
+}
+
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -224,10 +234,12 @@ pub struct Disk {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Net {
-    /// Tap device with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached, non-blocking.
-    pub tap: Fd,
-    /// `/dev/vhost-net`, read-write, owned by nobody yet: the kernel serves the rings. Without it the VMM does.
-    pub vhost: Option<Fd>,
+    /// Queues of a tap device with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking: as many as [`queue_pairs`] says. If
+    /// there are several it has `IFF_MULTI_QUEUE`, the first is attached, and the others are detached
+    /// (`TUNSETQUEUE`): the VMM attaches them as the guest turns their pairs on.
+    pub taps: Vec<Fd>,
+    /// `/dev/vhost-net` for each queue, read-write, owned by nobody yet: the kernel serves the rings. Empty: the VMM does.
+    pub vhosts: Vec<Fd>,
     /// Hardware address.
     pub mac: [u8; 6],
     /// Largest frame payload in bytes of a guest without segmentation offload.

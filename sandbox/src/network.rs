@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::ConfigureNetworkRequest;
+use bulkhead_protocol::control::queue_pairs;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -161,16 +162,18 @@ fn inode_of(path: &Path) -> Option<u64> {
 /// what the guest has to set up. Loopback is the guest's own.
 ///
 /// The interfaces stay as the network plugin made them; only their traffic is redirected. Taps go with
-/// their descriptors; a redirection goes with its interface, and is written down by `record` before it is made.
+/// their descriptors; a redirection goes with its interface, and is written down by `record` before it is made. How many
+/// queues they have depends on `max_vcpus`, the most the VM can have.
 ///
 /// # Errors
 /// [`NetworkError`].
 pub fn attach(
     namespace: &NetworkNamespace,
     claim: Claim,
+    max_vcpus: u8,
     record: &mut Record<'_>,
 ) -> Result<GuestNetwork, NetworkError> {
-    let mut follower = Follower::new(namespace)?;
+    let mut follower = Follower::new(namespace, queue_pairs(max_vcpus))?;
     let mut network = GuestNetwork {
         claim: Some(claim),
         ..GuestNetwork::default()
@@ -220,8 +223,14 @@ pub fn undo_redirection(path: &Path, inode: u64, interface: &str) -> Result<(), 
 /// The kernel's server of virtio network devices.
 const VHOST: &str = "/dev/vhost-net";
 
-/// A server for one network device, if the host has it. It belongs to nobody yet.
-pub fn open_vhost() -> Option<OwnedFd> {
+/// Servers for the pairs of queues of one network device: none if the host does not have that many. They belong to nobody
+/// yet.
+pub fn open_vhosts(pairs: usize) -> Vec<OwnedFd> {
+    let servers: Option<Vec<_>> = (0..pairs).map(|_| open_vhost()).collect();
+    servers.unwrap_or_default()
+}
+
+fn open_vhost() -> Option<OwnedFd> {
     match File::options().read(true).write(true).open(VHOST) {
         Ok(file) => Some(file.into()),
         Err(error) => {
@@ -247,8 +256,8 @@ pub fn open_vhost() -> Option<OwnedFd> {
 /// A network device of the guest.
 #[derive(Debug)]
 pub struct GuestNet {
-    /// The tap device's queue.
-    pub tap: OwnedFd,
+    /// The tap device's queues, of which the first is attached.
+    pub taps: Vec<OwnedFd>,
     /// Hardware address.
     pub mac: [u8; 6],
     /// Largest frame payload in bytes.

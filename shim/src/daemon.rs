@@ -24,7 +24,7 @@ use ttrpc::asynchronous::Server;
 
 use crate::args::Args;
 use crate::events::{Publisher, Tasks};
-use crate::pod::{Kind, Parts, Pod, Wanted};
+use crate::pod::{self, Kind, Parts, Pod, Wanted};
 use crate::{logging, sandbox_service, service, start};
 
 /// Service names under which containerd calls tasks: version 2 for the plain address that `start` prints,
@@ -96,7 +96,7 @@ pub fn run(daemon: Daemon) -> ! {
     let _ = nix::unistd::chdir("/");
     ignore_signals();
     set_oom_score_adj();
-    let entered = enter_namespaces(daemon.first.as_ref().map(|first| &first.network), &daemon.journal);
+    let entered = enter_namespaces(daemon.first.as_ref(), &daemon.args.namespace, &daemon.journal);
     let code = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => {
             let code = runtime.block_on(serve(daemon, entered));
@@ -138,18 +138,24 @@ fn set_oom_score_adj() {
 }
 
 /// A mount namespace whose mounts end with this process and its VMM, and the pod's network namespace, if it is
-/// known yet.
-fn enter_namespaces(network: Option<&NetworkNamespace>, journal: &Journal) -> Result<GuestNetwork, Error> {
+/// known yet. `namespace` is containerd's.
+fn enter_namespaces(
+    first: Option<&First>,
+    namespace: &str,
+    journal: &Journal,
+) -> Result<GuestNetwork, Error> {
     use nix::mount::MsFlags;
-    let claim = network.map(network::enter).transpose()?;
+    let claim = first.map(|first| network::enter(&first.network)).transpose()?;
     let none: Option<&str> = None;
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .and_then(|()| nix::mount::mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none))
         .map_err(|errno| mount::MountError::Open("/".into(), errno))?;
-    match network.zip(claim) {
-        Some((namespace, claim)) => Ok(network::attach(namespace, claim, &mut |entry| {
-            journal.record(entry)
-        })?),
+    match first.zip(claim) {
+        Some((first, claim)) => {
+            let max_vcpus = pod::max_vcpus(first.kind, &first.spec, &first.config, namespace);
+            let mut record = |entry: &Entry| journal.record(entry);
+            Ok(network::attach(&first.network, claim, max_vcpus, &mut record)?)
+        }
         None => Ok(GuestNetwork::default()),
     }
 }

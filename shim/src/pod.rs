@@ -9,7 +9,7 @@ use bulkhead_sandbox::config::Configuration;
 use bulkhead_sandbox::fault::{self, Step};
 use bulkhead_sandbox::journal::{Entry, Journal};
 use bulkhead_sandbox::network::GuestNetwork;
-use bulkhead_sandbox::resources::Demand;
+use bulkhead_sandbox::resources::{Demand, Host, Sizing};
 use bulkhead_sandbox::snapshot::{ANNOTATION, Origin, Snapshot, SnapshotError};
 use bulkhead_sandbox::spec;
 use bulkhead_sandbox::timeline::Timeline;
@@ -118,7 +118,7 @@ impl Pod {
         let Some(parts) = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return;
         };
-        let namespace = self.kubernetes_namespace(spec);
+        let namespace = kubernetes_namespace(spec, &self.namespace);
         let (snapshot, refusal) = match (refusal, snapshot(spec, &wanted.config, &namespace)) {
             (Some(refusal), _) => (None, Some(refusal)),
             (None, Ok(snapshot)) => (snapshot, None),
@@ -135,10 +135,7 @@ impl Pod {
                 .unwrap_or_default(),
             shm_size: spec::shm_size(spec),
             files: wanted.files,
-            demand: match wanted.kind {
-                Kind::Single => Some(Demand::of_container(spec)),
-                Kind::Task | Kind::Api => Demand::of_sandbox(spec),
-            },
+            demand: demand(wanted.kind, spec),
             oom_score_adj: process.and_then(|process| process.oom_score_adj()).unwrap_or(0),
             cgroup: wanted.cgroup,
             home_cgroup: parts.home_cgroup,
@@ -154,18 +151,6 @@ impl Pod {
             sandbox,
             kind: wanted.kind,
         });
-    }
-
-    /// The pod's namespace in Kubernetes as containerd and CRI-O tell it, or else containerd's.
-    fn kubernetes_namespace(&self, spec: &Spec) -> String {
-        let annotations = spec.annotations().as_ref();
-        [
-            "io.kubernetes.cri.sandbox-namespace",
-            "io.kubernetes.pod.namespace",
-        ]
-        .iter()
-        .find_map(|key| annotations?.get(*key).cloned())
-        .unwrap_or_else(|| self.namespace.clone())
     }
 
     fn made(&self) -> ttrpc::Result<&Made> {
@@ -222,6 +207,37 @@ impl Pod {
             parts.journal.finish()?;
         }
         Ok(())
+    }
+}
+
+/// The pod's namespace in Kubernetes as containerd and CRI-O tell it, or else containerd's.
+fn kubernetes_namespace(spec: &Spec, namespace: &str) -> String {
+    let annotations = spec.annotations().as_ref();
+    [
+        "io.kubernetes.cri.sandbox-namespace",
+        "io.kubernetes.pod.namespace",
+    ]
+    .iter()
+    .find_map(|key| annotations?.get(*key).cloned())
+    .unwrap_or_else(|| namespace.to_owned())
+}
+
+/// What the pod asks for, as far as its first specification says.
+fn demand(kind: Kind, spec: &Spec) -> Option<Demand> {
+    match kind {
+        Kind::Single => Some(Demand::of_container(spec)),
+        Kind::Task | Kind::Api => Demand::of_sandbox(spec),
+    }
+}
+
+/// The most vCPUs that the VM of a pod can have. Its interfaces are made before it, and have queues for them. `namespace` is
+/// containerd's.
+#[must_use]
+pub fn max_vcpus(kind: Kind, spec: &Spec, config: &Configuration, namespace: &str) -> u8 {
+    match snapshot(spec, config, &kubernetes_namespace(spec, namespace)) {
+        Ok(Some(snapshot)) => snapshot.manifest.machine.max_vcpus,
+        // What is wrong with a snapshot is said when the pod is made.
+        Ok(None) | Err(_) => Sizing::new(config, Host::this(), demand(kind, spec)).max_vcpus(),
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use bulkhead_sandbox::journal::Entry;
 use bulkhead_sandbox::network;
 use bulkhead_sandbox::spec;
 use bulkhead_sandbox::{Error, Exit, Role};
@@ -22,7 +23,7 @@ use ttrpc::proto::Code;
 
 use crate::cri::PodSandboxConfig;
 use crate::events::{any, timestamp};
-use crate::pod::{Kind, Pod, Wanted, make_cgroup};
+use crate::pod::{self, Kind, Pod, Wanted, make_cgroup};
 use crate::pod_config;
 use crate::stats;
 use crate::status::{from_sandbox, status};
@@ -126,7 +127,9 @@ impl Service {
                 cgroup.add(std::process::id())?;
             }
             let claim = network::enter(&namespace)?;
-            let network = network::attach(&namespace, claim, &mut |entry| parts.journal.record(entry))?;
+            let max_vcpus = pod::max_vcpus(Kind::Api, &spec, &config, &self.pod.namespace);
+            let mut record = |entry: &Entry| parts.journal.record(entry);
+            let network = network::attach(&namespace, claim, max_vcpus, &mut record)?;
             Ok::<_, Error>(Wanted {
                 kind: Kind::Api,
                 config,

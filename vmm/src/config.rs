@@ -201,8 +201,8 @@ mod tests {
                 |config| {
                     config.net_slots = 0;
                     config.nets = vec![Net {
-                        tap: Fd(4),
-                        vhost: None,
+                        taps: vec![Fd(4)],
+                        vhosts: Vec::new(),
                         mac: [2; 6],
                         mtu: 1500,
                     }];

@@ -59,6 +59,8 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// Output of the serial console.
     pub console: Ring,
+    /// Readable when it is time to [hand kicks over](Self::hand_kicks_over).
+    pub busy_queues: Arc<EventFd>,
     /// Readable when [`exits`](Self::exits) has a reason.
     pub exit_event: EventFd,
     /// Why the VM ended.
@@ -186,7 +188,9 @@ impl Machine {
         // Devices, in the order in which the guest needs them.
         let memory = Arc::new(memory);
         let devices = Devices::new(config, (image_start, image.length), hotplug.as_ref(), &mut take)?;
-        let (transports, slots) = devices.connect(&vm, &memory)?;
+        let busy_queues =
+            Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?);
+        let (transports, slots) = devices.connect(&vm, &memory, &busy_queues)?;
         let ring = Ring::default();
         let serial = config
             .console
@@ -263,6 +267,7 @@ impl Machine {
             hotplug,
             vcpus,
             console: ring,
+            busy_queues,
             exit_event,
             exits,
             config: config.clone(),
@@ -275,6 +280,15 @@ impl Machine {
             vm,
             image,
         })
+    }
+
+    /// Has KVM take the kicks of queues that are kicked often.
+    pub fn hand_kicks_over(&self) {
+        // Readable or not.
+        let _ = self.busy_queues.read();
+        for device in &self.devices {
+            device.hand_kicks_over(&self.vm);
+        }
     }
 
     /// Makes the vCPUs below `count` exist. They wait for the guest to start them.
@@ -354,11 +368,12 @@ pub fn attach_net(
     net: &control::Net,
     mut take: impl FnMut(&'static str, Fd) -> Result<OwnedFd, BuildError>,
 ) -> Result<(), BuildError> {
-    let tap = take("net.tap", net.tap)?;
-    let vhost = net.vhost.map(|fd| take("net.vhost", fd)).transpose()?;
-    slot.attach(tap, net.mac, net.mtu).map_err(BuildError::NetSlot)?;
-    if let Some(vhost) = vhost
-        && let Err(error) = slot.serve_by(vhost)
+    let mut all = |what, fds: &[Fd]| -> Result<Vec<_>, _> { fds.iter().map(|fd| take(what, *fd)).collect() };
+    let taps = all("net.taps", &net.taps)?;
+    let vhosts = all("net.vhosts", &net.vhosts)?;
+    slot.attach(taps, net.mac, net.mtu).map_err(BuildError::NetSlot)?;
+    if !vhosts.is_empty()
+        && let Err(error) = slot.serve_by(vhosts)
     {
         // It has just been filled.
         let _ = slot.detach();

@@ -21,6 +21,7 @@ use crate::virtio::vsock::VsockEvent;
 const CONTROL: u64 = 0;
 const EXIT: u64 = 1;
 const DEVICES: u64 = 2;
+const KICKS: u64 = 3;
 
 /// How long far ends get to take what the guest sent before it ended.
 const DELIVERY_TIME: Duration = Duration::from_millis(500);
@@ -121,6 +122,7 @@ impl<'a> Server<'a> {
             (channel.as_raw_fd(), CONTROL),
             (machine.exit_event.as_raw_fd(), EXIT),
             (devices.descriptor(), DEVICES),
+            (machine.busy_queues.as_raw_fd(), KICKS),
         ] {
             watch(&poll, fd, data).map_err(ServerError::Poll)?;
         }
@@ -164,6 +166,7 @@ impl<'a> Server<'a> {
                     DEVICES if !self.paused => {
                         self.devices.turn(Duration::ZERO).map_err(ServerError::Poll)?;
                     }
+                    KICKS => self.machine.hand_kicks_over(),
                     _ => {}
                 }
             }

@@ -18,8 +18,13 @@ fn disk() -> impl Strategy<Value = Disk> {
 }
 
 fn net() -> impl Strategy<Value = Net> {
-    let fds = (fd(), option::of(fd()));
-    (fds, any::<[u8; 6]>(), any::<u16>()).prop_map(|((tap, vhost), mac, mtu)| Net { tap, vhost, mac, mtu })
+    let fds = (vec(fd(), 0..5), vec(fd(), 0..5));
+    (fds, any::<[u8; 6]>(), any::<u16>()).prop_map(|((taps, vhosts), mac, mtu)| Net {
+        taps,
+        vhosts,
+        mac,
+        mtu,
+    })
 }
 
 fn share() -> impl Strategy<Value = Share> {

@@ -31,13 +31,13 @@ fn config() -> VmConfig {
         )],
         net_slots: 2,
         nets: vec![Net {
-            tap: Fd(5),
-            vhost: Some(Fd(6)),
+            taps: vec![Fd(5), Fd(6)],
+            vhosts: vec![Fd(7), Fd(8)],
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
         }],
         share: Some(Share { tag: "shared".into() }),
-        vsock_listeners: vec![(1024, Fd(7))],
+        vsock_listeners: vec![(1024, Fd(9))],
         balloon: true,
         seccomp: true,
     }
@@ -89,4 +89,10 @@ fn unknown_configuration_field_is_refused_by_name() {
     json["memory"] = 5.into();
     let error = serde_json::from_value::<VmConfig>(json).unwrap_err();
     assert!(error.to_string().contains("memory"), "{error}");
+}
+
+#[test]
+fn interfaces_have_a_pair_of_queues_for_each_vcpu_up_to_a_limit() {
+    let pairs = [0, 1, 2, 3, 4, 5, 32, u8::MAX].map(queue_pairs);
+    assert_eq!(pairs, [1, 1, 2, 3, 4, 4, 4, 4]);
 }

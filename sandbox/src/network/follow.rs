@@ -41,6 +41,8 @@ pub struct Follower {
     netlink: Netlink,
     joined: Vec<Joined>,
     told: Found,
+    /// Queues of each tap.
+    queues: u8,
     /// Path and inode number of the namespace; none for one that ends with this process.
     namespace: Option<(PathBuf, u64)>,
 }
@@ -72,7 +74,8 @@ impl News {
 }
 
 impl Follower {
-    pub(super) fn new(namespace: &NetworkNamespace) -> Result<Self, NetworkError> {
+    /// Makes taps with so many queues.
+    pub(super) fn new(namespace: &NetworkNamespace, queues: u8) -> Result<Self, NetworkError> {
         let namespace = match namespace {
             NetworkNamespace::Path(path) => inode_of(path).map(|inode| (path.clone(), inode)),
             NetworkNamespace::Fresh => None,
@@ -83,6 +86,7 @@ impl Follower {
             netlink: Netlink::open()?,
             joined: Vec::new(),
             told: Found::default(),
+            queues,
             namespace,
         })
     }
@@ -139,7 +143,7 @@ impl Follower {
                 &mut self.netlink,
                 self.namespace.as_ref(),
                 interface,
-                slot,
+                (slot, self.queues),
                 record,
             ) {
                 Ok(joined) => joined,
@@ -157,7 +161,7 @@ impl Follower {
             change.attach.push((
                 slot,
                 GuestNet {
-                    tap: joined.tap,
+                    taps: joined.taps,
                     mac: interface.mac,
                     mtu: interface.mtu,
                 },
@@ -178,12 +182,12 @@ impl Joined {
     }
 }
 
-/// Joins a tap to `interface`.
+/// Joins a tap to `interface`: for which slot, with how many queues.
 fn join(
     netlink: &mut Netlink,
     namespace: Option<&(PathBuf, u64)>,
     interface: &Interface,
-    slot: u32,
+    (slot, queues): (u32, u8),
     record: &mut Record<'_>,
 ) -> Result<tap::Joined, NetworkError> {
     tap::clear(netlink, interface)?;
@@ -196,5 +200,5 @@ fn join(
         .map_err(|error| NetworkError::Journal(Box::new(error)))?;
     }
     fault::point(Step::InterfaceJoined).map_err(|error| NetworkError::Step(Step::InterfaceJoined, error))?;
-    tap::create(netlink, interface, slot)
+    tap::create(netlink, interface, slot, queues)
 }

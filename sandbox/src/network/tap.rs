@@ -1,6 +1,7 @@
 //! A tap device joined to an interface: what arrives at the one leaves through the other.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -32,7 +33,8 @@ const INGRESS: TcHandle = TcHandle {
 /// A tap that is joined to an interface.
 #[derive(Debug)]
 pub(super) struct Joined {
-    pub tap: OwnedFd,
+    /// Queues of the tap device; all but the first are detached.
+    pub taps: Vec<OwnedFd>,
     /// Index of the tap device.
     pub index: u32,
 }
@@ -43,27 +45,59 @@ mod ioctl {
         nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
         libc::ifreq
     );
+    nix::ioctl_write_ptr_bad!(
+        set_queue,
+        nix::request_code_write!(b'T', 217, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
 }
 
-/// Makes a tap device for `interface` and redirects frames both ways. The device goes with its descriptor.
+/// Makes a tap device with so many queues for `interface` and redirects frames both ways. The device goes with its
+/// descriptors.
 pub(super) fn create(
     netlink: &mut Netlink,
     interface: &Interface,
     slot: u32,
+    queues: u8,
 ) -> Result<Joined, NetworkError> {
     let name = format!("{PREFIX}{slot}");
-    let tap = open(&name).map_err(|error| NetworkError::Tap {
+    let tap = make(netlink, interface, &name, queues)?;
+    redirect(netlink, interface.index, tap.index, &interface.name)?;
+    redirect(netlink, tap.index, interface.index, &name)?;
+    Ok(tap)
+}
+
+/// Makes a tap device like `interface`, which is joined to nothing yet.
+pub(super) fn make(
+    netlink: &mut Netlink,
+    interface: &Interface,
+    name: &str,
+    queues: u8,
+) -> Result<Joined, NetworkError> {
+    let failed = |error| NetworkError::Tap {
         interface: interface.name.clone(),
         error,
-    })?;
-    let index = index_of(&name).map_err(|error| NetworkError::Tap {
-        interface: interface.name.clone(),
-        error,
-    })?;
-    set_mtu(netlink, index, &name, interface.mtu)?;
-    redirect(netlink, interface.index, index, &interface.name)?;
-    redirect(netlink, index, interface.index, &name)?;
-    Ok(Joined { tap, index })
+    };
+    let taps = open(name, queues).map_err(failed)?;
+    let index = index_of(name).map_err(failed)?;
+    if taps.len() > 1 {
+        send_at_once(netlink, index, name)?;
+    }
+    set_mtu(netlink, index, name, interface.mtu)?;
+    Ok(Joined { taps, index })
+}
+
+/// Has a tap of several queues, which is still down, take frames without a queueing discipline. It would get one for each of
+/// the 256 queues that the kernel lets it have, 6 MiB in all, and none would ever hold a frame: a full tap drops.
+fn send_at_once(netlink: &mut Netlink, index: u32, name: &str) -> Result<(), NetworkError> {
+    let mut discipline = TcMessage::with_index(index.cast_signed());
+    discipline.header.parent = TcHandle::ROOT;
+    discipline.attributes.push(TcAttribute::Kind("noqueue".into()));
+    netlink.change(
+        &format!("take the queueing discipline from {name}"),
+        RouteNetlinkMessage::NewQueueDiscipline(discipline),
+        true,
+    )
 }
 
 /// Brings a tap up with the MTU of its interface.
@@ -80,25 +114,49 @@ pub(super) fn set_mtu(netlink: &mut Netlink, index: u32, name: &str, mtu: u16) -
     )
 }
 
-fn open(name: &str) -> std::io::Result<OwnedFd> {
+/// Makes a tap device. Of several queues all but the first are detached: nobody takes frames from them yet.
+fn open(name: &str, queues: u8) -> io::Result<Vec<OwnedFd>> {
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues < 2 {
+        return Ok(vec![open_queue(name, flags)?]);
+    }
+    let flags = flags | libc::IFF_MULTI_QUEUE;
+    // The first makes the device, and does not join one that is there.
+    let mut taps = vec![open_queue(name, flags | libc::IFF_TUN_EXCL)?];
+    for _ in 1..queues {
+        let tap = open_queue(name, flags)?;
+        let request = request("", libc::IFF_DETACH_QUEUE)?;
+        // SAFETY: TUNSETQUEUE reads an ifreq, which outlives the call.
+        unsafe { ioctl::set_queue(tap.as_raw_fd(), &raw const request) }?;
+        taps.push(tap);
+    }
+    Ok(taps)
+}
+
+fn open_queue(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     let tap = File::options()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open("/dev/net/tun")?;
-    // SAFETY: an all-zero ifreq is a valid value of that plain struct.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(std::io::Error::other)?;
+    let request = request(name, flags)?;
     // SAFETY: TUNSETIFF reads an ifreq, which outlives the call.
     unsafe { ioctl::set_interface(tap.as_raw_fd(), &raw const request) }?;
     Ok(tap.into())
 }
 
-fn index_of(name: &str) -> std::io::Result<u32> {
+fn request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
+    // SAFETY: an all-zero ifreq is a valid value of that plain struct.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = u16::try_from(flags).map_err(io::Error::other)?;
+    request.ifr_ifru.ifru_flags = flags.cast_signed();
+    Ok(request)
+}
+
+fn index_of(name: &str) -> io::Result<u32> {
     Ok(nix::net::if_::if_nametoindex(name)?)
 }
 

@@ -117,7 +117,7 @@ fn interfaces_are_followed_and_given_back() {
             records.push(entry.clone());
             Ok(())
         };
-        let mut follower = Follower::new(&namespace).unwrap();
+        let mut follower = Follower::new(&namespace, 1).unwrap();
         let first = follower.update(2, &mut record).unwrap();
         assert!(first.failed.is_none(), "{:?}", first.failed);
         assert_eq!(first.attach.len(), 1);
@@ -189,7 +189,7 @@ fn interfaces_are_followed_and_given_back() {
         ip("link set host2 down");
         tc("qdisc add dev eth2 ingress");
         let recorded = records.len();
-        let mut follower = Follower::new(&own()).unwrap();
+        let mut follower = Follower::new(&own(), 1).unwrap();
         let mut record = |entry: &Entry| {
             records.push(entry.clone());
             Ok(())
@@ -198,4 +198,47 @@ fn interfaces_are_followed_and_given_back() {
         assert!(refused.to_string().contains("add an ingress queue"), "{refused}");
         assert_eq!(records.len(), recorded);
     });
+}
+
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn a_tap_has_the_queues_it_is_to_have_and_one_of_them_attached() {
+    let said = |command: &str| {
+        let mut words = command.split(' ');
+        let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+        assert!(output.status.success(), "{command}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let interface = interfaces::Interface {
+        index: 1,
+        name: "eth0".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1400,
+        addresses: Vec::new(),
+    };
+    for queues in [1, 2, 4] {
+        in_namespace(|| {
+            let mut netlink = netlink::Netlink::open().unwrap();
+            let tap = tap::make(&mut netlink, &interface, "bulkhead0", queues).unwrap();
+            assert_eq!(tap.taps.len(), usize::from(queues));
+            let link = said("ip -d link show bulkhead0");
+            assert!(link.contains("mtu 1400 ") && link.contains(",UP"), "{link}");
+            if queues == 1 {
+                assert!(!link.contains("multi_queue"), "{link}");
+            } else {
+                let expected = format!("multi_queue numqueues 1 numdisabled {} ", queues - 1);
+                assert!(link.contains(&expected), "{link}");
+                let disciplines = said("tc qdisc show dev bulkhead0");
+                assert!(disciplines.starts_with("qdisc noqueue "), "{disciplines}");
+                assert_eq!(disciplines.lines().count(), 1, "{disciplines}");
+            }
+            let taken = tap::make(&mut netlink, &interface, "bulkhead0", queues).unwrap_err();
+            let NetworkError::Tap { error, .. } = taken else {
+                panic!("{taken}");
+            };
+            assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+            drop(tap);
+            assert!(!said("ip -o link").contains("bulkhead0"));
+        });
+    }
 }

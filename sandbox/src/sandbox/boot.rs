@@ -303,12 +303,7 @@ impl Sandbox {
         let nets: Vec<control::Net> = match origin {
             Origin::Kernel(None) => std::mem::take(&mut self.network().nets)
                 .into_iter()
-                .map(|net| control::Net {
-                    tap: fds.add(net.tap),
-                    vhost: self.vhost().map(|vhost| fds.add(vhost)),
-                    mac: net.mac,
-                    mtu: net.mtu,
-                })
+                .map(|net| self.describe_net(net, &mut fds))
                 .collect(),
             _ => Vec::new(),
         };

@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::restore::Restore;
 use super::*;
 use crate::error::chain;
-use crate::network::{Change, Connection, Follower, Forwarder, GuestNet, News, open_vhost};
+use crate::network::{Change, Connection, Follower, Forwarder, GuestNet, News, open_vhosts};
 use crate::vm::{Descriptors, VmError};
 
 /// Places on the VM's bus, and how many are not for disks and networks (memory, streams, files, entropy, balloon,
@@ -161,22 +161,26 @@ impl Sandbox {
     }
 
     async fn attach(&self, guest: &Guest, slot: u32, net: GuestNet) -> Result<(), Error> {
-        let GuestNet { tap, mac, mtu } = net;
         let mut fds = Descriptors::default();
-        let net = Net {
-            tap: fds.add(tap),
-            vhost: self.vhost().map(|vhost| fds.add(vhost)),
-            mac,
-            mtu,
-        };
+        let net = self.describe_net(net, &mut fds);
         let request = Request::AttachNet { slot, net };
         guest.vm.ask(request, fds.into_vec()).await?;
         self.plug(guest, slot, true).await
     }
 
-    /// The kernel's server for a network device, if the configuration wants it and the host has it.
-    pub(super) fn vhost(&self) -> Option<OwnedFd> {
-        self.0.config.vhost_net.then(open_vhost).flatten()
+    /// A network device for the VMM, with the kernel's servers if the configuration wants them and the host has them.
+    pub(super) fn describe_net(&self, net: GuestNet, fds: &mut Descriptors) -> Net {
+        let GuestNet { taps, mac, mtu } = net;
+        let vhosts = match self.0.config.vhost_net {
+            true => open_vhosts(taps.len()),
+            false => Vec::new(),
+        };
+        Net {
+            taps: taps.into_iter().map(|tap| fds.add(tap)).collect(),
+            vhosts: vhosts.into_iter().map(|vhost| fds.add(vhost)).collect(),
+            mac,
+            mtu,
+        }
     }
 
     /// Has the guest's driver look at a network slot again.

@@ -12,10 +12,11 @@ use bulkhead_tests::{Finished, Fixture, Run, Session, config};
 use hmac_sha256::Hash;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::fixture;
 
+mod queues;
 mod vhost;
 
 /// Where Debian has the plugins, and where others do.
@@ -82,12 +83,18 @@ impl<'a> Network<'a> {
 
     /// A container in the namespace of this number.
     fn run(&self, number: usize, script: &str) -> Run<'a> {
+        self.run_with(number, script, |_| ())
+    }
+
+    /// The same with a changed specification.
+    fn run_with(&self, number: usize, script: &str, change: impl FnOnce(&mut Value)) -> Run<'a> {
         let path = format!("/run/netns/{}", self.names[number]);
         self.test
             .spec(&number.to_string(), &["/bin/sh", "-c", script], |mut spec| {
                 let namespaces = spec.0["linux"]["namespaces"].as_array_mut().unwrap();
                 namespaces.retain(|namespace| namespace["type"] != "network");
                 namespaces.push(json!({ "type": "network", "path": path }));
+                change(&mut spec.0);
                 spec
             })
     }

@@ -33,7 +33,8 @@ const CONTAINER: &str = "load";
 /// What the VM has of the host in every life.
 struct Host<'a> {
     test: &'a Fixture,
-    tap: File,
+    /// Queues of the tap, one for each vCPU.
+    taps: [File; 2],
 }
 
 /// The VM in one of its lives.
@@ -63,7 +64,7 @@ impl Host<'_> {
             root.display(),
             disk.display()
         ));
-        let host = Host { test, tap: tap() };
+        let host = Host { test, taps: taps() };
         shell("ip address add 10.77.0.1/24 dev snap0 && ip link set snap0 up");
         let server = UdpSocket::bind("10.77.0.1:7").unwrap();
         std::thread::spawn(move || {
@@ -95,11 +96,15 @@ impl Host<'_> {
         let kvm = fds.add(open("KVM", Path::new("/dev/kvm"), true));
         let root = fds.add(open("root image", &configuration.image, false));
         let disk = fds.add(open("disk", &self.disk(), true));
-        let tap = fds.add(self.tap.try_clone().unwrap().into());
-        let vhost = kernel_serves
-            .then(bulkhead_sandbox::network::open_vhost)
-            .flatten();
-        let vhost = vhost.map(|vhost| fds.add(vhost));
+        // The life before may have ended with the second queue attached, which the VMM is given detached.
+        let _ = set_queue(&self.taps[1], libc::IFF_DETACH_QUEUE);
+        let taps = self.taps.iter().map(|tap| tap.try_clone().unwrap().into());
+        let taps = taps.map(|tap| fds.add(tap)).collect();
+        let vhosts = match kernel_serves {
+            true => bulkhead_sandbox::network::open_vhosts(self.taps.len()),
+            false => Vec::new(),
+        };
+        let vhosts = vhosts.into_iter().map(|vhost| fds.add(vhost)).collect();
         let listeners = vec![
             (ports::AGENT, fds.add(theirs.into())),
             (STDOUT, fds.add(stdout.into())),
@@ -135,8 +140,8 @@ impl Host<'_> {
             )],
             net_slots: 1,
             nets: vec![Net {
-                tap,
-                vhost,
+                taps,
+                vhosts,
                 mac: MAC,
                 mtu: 1500,
             }],
@@ -280,23 +285,52 @@ impl Life {
     }
 }
 
-/// A tap device for this process's VMs.
-fn tap() -> File {
-    let device = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .unwrap();
+/// A tap device with two queues for this process's VMs.
+fn taps() -> [File; 2] {
+    [(); 2].map(|()| {
+        let tap = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap();
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+        let mut request = request("snap0", flags);
+        // SAFETY: the descriptor is open and the argument points to an ifreq for the call's duration.
+        let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        tap
+    })
+}
+
+fn request(name: &str, flags: libc::c_int) -> libc::ifreq {
     // SAFETY: the structure is plain numbers and pointers, for which zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"snap0") {
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-    // SAFETY: the descriptor is open and the argument points to an ifreq for the call's duration.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    request.ifr_ifru.ifru_flags = flags as i16;
+    request
+}
+
+/// Attaches or detaches a queue of a tap.
+fn set_queue(tap: &File, flag: libc::c_int) -> std::io::Result<()> {
+    let mut request = request("", flag);
+    // SAFETY: as in `taps`.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Whether the guest has the pair of a queue on.
+fn is_attached(tap: &File) -> bool {
+    let mut request = request("", 0);
+    // SAFETY: as in `taps`; the kernel fills the structure.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-    device
+    // SAFETY: the kernel has set the flags.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    i32::from(flags) & libc::IFF_DETACH_QUEUE == 0
 }
 
 #[test]
@@ -314,6 +348,7 @@ fn a_machine_under_load_goes_on_from_one_snapshot_after_the_other() {
         let mut life = host.begin(None, true).await;
         life.set_up().await;
         let mut done = life.progress([0; 4]);
+        assert!(is_attached(&host.taps[1]), "two vCPUs use one pair of queues");
         for number in 1..=lives {
             let files = life.write().await;
             sizes.push(std::os::unix::fs::MetadataExt::blocks(&files.memory.metadata().unwrap()) >> 11);
@@ -322,6 +357,7 @@ fn a_machine_under_load_goes_on_from_one_snapshot_after_the_other() {
             life = host.begin(Some(&files), number % 2 == 0).await;
             life.resume(number).await;
             done = life.progress(done);
+            assert!(is_attached(&host.taps[1]), "life {number} has one pair of queues");
         }
         println!(
             "snapshot: {lives} lives in {:?}; memory files of {} to {} MiB; work done: disk, network, timers, memory {done:?}",

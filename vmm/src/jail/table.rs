@@ -39,6 +39,7 @@ mod ioctl {
     pub const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
     pub const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
     pub const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+    pub const KVM_IOEVENTFD: u32 = 0x4040_ae79;
     pub const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
     pub const KVM_GET_SREGS: u32 = 0x8138_ae83;
     pub const KVM_GET_XSAVE: u32 = 0x9000_aea4;
@@ -51,6 +52,7 @@ mod ioctl {
     pub const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
     pub const TUNSETOFFLOAD: u32 = 0x4004_54d0;
     pub const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+    pub const TUNSETQUEUE: u32 = 0x4004_54d9;
     pub const VHOST_GET_FEATURES: u32 = 0x8008_af00;
     pub const VHOST_SET_FEATURES: u32 = 0x4008_af00;
     pub const VHOST_SET_OWNER: u32 = 0xaf01;
@@ -109,6 +111,8 @@ pub const RULES: &[Rule] = &[
         // A driver chooses its offloads.
         ioctl::TUNSETOFFLOAD,
         ioctl::TUNSETVNETHDRSZ,
+        // It turns pairs of queues on, and a reset turns them off.
+        ioctl::TUNSETQUEUE,
     ])),
     rule("read", libc::SYS_read, V | M | F),
     rule("write", libc::SYS_write, V | M | F),
@@ -195,7 +199,7 @@ pub const RULES: &[Rule] = &[
         ioctl::VHOST_SET_OWNER,
         ioctl::VHOST_GET_VRING_BASE,
     ])),
-    // vCPUs and memory that are added.
+    // vCPUs and memory that are added; kicks of queues that turn out to be busy.
     checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[
         ioctl::KVM_CREATE_VCPU,
         ioctl::KVM_SET_CPUID2,
@@ -203,6 +207,7 @@ pub const RULES: &[Rule] = &[
         ioctl::KVM_GET_LAPIC,
         ioctl::KVM_SET_LAPIC,
         ioctl::KVM_SET_USER_MEMORY_REGION,
+        ioctl::KVM_IOEVENTFD,
     ])),
     // Snapshots.
     checked("ioctl", libc::SYS_ioctl, M, Check::OneOf(1, &[

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bulkhead_protocol::control::{Fd, VMM_PROC_FD, VmConfig};
+use bulkhead_protocol::control::{self, Fd, VMM_PROC_FD, VmConfig};
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{BuildError, Hotplug, attach_net, open_disk};
 use crate::memory::GuestMemory;
@@ -65,8 +66,9 @@ impl Devices {
             all.push(hotplug.device.clone());
         }
         let mut nets = Vec::new();
+        let pairs = control::queue_pairs(config.max_vcpus);
         for slot in 0..config.net_slots {
-            let device = Arc::new(Mutex::new(Net::new(slot).map_err(BuildError::Net)?));
+            let device = Arc::new(Mutex::new(Net::new(slot, pairs).map_err(BuildError::Net)?));
             all.push(device.clone());
             nets.push(device);
         }
@@ -104,11 +106,13 @@ impl Devices {
         Ok(())
     }
 
-    /// Gives each its place on the bus, and connects it to KVM.
+    /// Gives each its place on the bus, and connects it to KVM. `busy` is signalled when one of them wants KVM to take its
+    /// kicks.
     pub(super) fn connect(
         &self,
         vm: &VmFd,
         memory: &Arc<GuestMemory>,
+        busy: &Arc<EventFd>,
     ) -> Result<(Vec<Arc<MmioTransport>>, Vec<Slot>), BuildError> {
         let slots = (0..self.all.len())
             .map(|index| Slot::new(index).ok_or(BuildError::TooManyDevices(self.all.len())))
@@ -118,8 +122,8 @@ impl Devices {
             .iter()
             .zip(&slots)
             .map(|(device, slot)| {
-                let transport = MmioTransport::new(device.clone(), memory.clone())?;
-                transport.connect(vm, *slot)?;
+                let mut transport = MmioTransport::new(device.clone(), memory.clone())?;
+                transport.connect(vm, *slot, busy.clone())?;
                 Ok(Arc::new(transport))
             })
             .collect::<Result<Vec<_>, _>>()

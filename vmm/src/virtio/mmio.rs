@@ -1,5 +1,6 @@
 //! virtio over MMIO, version 2 (virtio 1.2, 4.2).
 
+mod kicks;
 mod registers;
 #[cfg(test)]
 mod tests;
@@ -9,6 +10,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kicks::Kicks;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use registers::Registers;
 use virtio_queue::Queue;
@@ -79,6 +81,9 @@ pub struct MmioTransport {
     reports: AtomicU32,
     interrupt: Arc<Interrupt>,
     queue_events: Vec<EventFd>,
+    kicks: Kicks,
+    /// On the bus of a VM.
+    slot: Option<Slot>,
     event_fd: Option<RawFd>,
     owns_queue_events: bool,
     memory: Arc<GuestMemory>,
@@ -123,6 +128,8 @@ impl MmioTransport {
             status: AtomicU8::new(0),
             reports: AtomicU32::new(0),
             interrupt,
+            kicks: Kicks::new(queue_events.len()),
+            slot: None,
             queue_events,
             event_fd,
             owns_queue_events,
@@ -131,19 +138,34 @@ impl MmioTransport {
         })
     }
 
-    /// Connects interrupt and notification register of a device in `slot` to KVM.
+    /// Connects the interrupt of a device in `slot` to KVM. `busy` is signalled when it is time to
+    /// [hand kicks over](Self::hand_kicks_over).
     ///
     /// # Errors
     /// [`TransportError`].
-    pub fn connect(&self, vm: &VmFd, slot: Slot) -> Result<(), TransportError> {
+    pub fn connect(&mut self, vm: &VmFd, slot: Slot, busy: Arc<EventFd>) -> Result<(), TransportError> {
         vm.register_irqfd(self.interrupt.event(), slot.gsi())
             .map_err(TransportError::Irqfd)?;
-        let register = IoEventAddress::Mmio(slot.address() + registers::QUEUE_NOTIFY);
-        for (index, event) in (0u32..).zip(&self.queue_events) {
-            vm.register_ioevent(event, &register, index)
-                .map_err(TransportError::Ioeventfd)?;
-        }
+        self.slot = Some(slot);
+        self.kicks.tell(busy);
         Ok(())
+    }
+
+    /// Has KVM signal the queues that are kicked often by itself. One that it refuses is kicked as before.
+    pub fn hand_kicks_over(&self, vm: &VmFd) {
+        let Some(slot) = self.slot else { return };
+        let register = IoEventAddress::Mmio(slot.address() + registers::QUEUE_NOTIFY);
+        let handed_over =
+            self.kicks.hand_over(
+                |index| match (self.queue_events.get(index), u32::try_from(index)) {
+                    (Some(event), Ok(number)) => vm.register_ioevent(event, &register, number),
+                    _ => Ok(()),
+                },
+            );
+        if let Err(error) = handed_over {
+            let error = TransportError::Ioeventfd(error);
+            let _ = writeln!(io::stderr(), "{}: {}", self.name, error_chain(&error));
+        }
     }
 
     /// The device's name.
@@ -329,10 +351,11 @@ impl MmioTransport {
         let value = u32::from_le_bytes(data);
         match offset {
             registers::INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            // KVM takes these itself once connected.
+            // KVM takes those of busy queues itself.
             registers::QUEUE_NOTIFY => {
                 if let Some(event) = self.queue_events.get(value as usize) {
                     let _ = event.write(1);
+                    self.kicks.count(value as usize);
                 }
             }
             registers::STATUS => self.write_status(value),

@@ -6,7 +6,7 @@ use bulkhead_tests::host;
 
 use super::*;
 
-const DEVICE: &str = "/dev/vhost-net";
+pub const DEVICE: &str = "/dev/vhost-net";
 
 /// Whether the VMM has the kernel serve its network.
 fn holds_device(vmm: i32) -> bool {
@@ -18,7 +18,7 @@ fn holds_device(vmm: i32) -> bool {
 
 /// What `/proc` has of the kernel's workers for a VMM: since Linux 6.4 they are threads of it, before kernel threads. They
 /// are named after the thread that has asked for them, which is the VMM's first.
-fn workers(vmm: i32) -> Vec<PathBuf> {
+pub fn workers(vmm: i32) -> Vec<PathBuf> {
     let name = format!("vhost-{vmm}");
     let threads = fs::read_dir(format!("/proc/{vmm}/task")).unwrap();
     let processes = fs::read_dir("/proc").unwrap();

@@ -271,6 +271,13 @@ fn arguments_are_checked() {
         (Thread::Vcpu, libc::SYS_ioctl, &[9, 0xae41, 0], KILL),
         (Thread::Main, libc::SYS_ioctl, &[9, 0xae41, 0], ALLOW),
         (Thread::Main, libc::SYS_ioctl, &[9, 0xae80, 0], ALLOW),
+        // KVM_IOEVENTFD.
+        (Thread::Vcpu, libc::SYS_ioctl, &[9, 0x4040_ae79, 0], KILL),
+        (Thread::Main, libc::SYS_ioctl, &[9, 0x4040_ae79, 0], ALLOW),
+        // TUNSETQUEUE.
+        (Thread::Vcpu, libc::SYS_ioctl, &[9, 0x4004_54d9, 0], ALLOW),
+        (Thread::Main, libc::SYS_ioctl, &[9, 0x4004_54d9, 0], ALLOW),
+        (Thread::Files, libc::SYS_ioctl, &[9, 0x4004_54d9, 0], KILL),
         // TUNSETIFF, TIOCSTI; the file server has none.
         (Thread::Main, libc::SYS_ioctl, &[9, 0x4004_54ca, 0], KILL),
         (Thread::Main, libc::SYS_ioctl, &[0, 0x5412, 0], KILL),

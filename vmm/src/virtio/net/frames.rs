@@ -18,7 +18,7 @@ pub(super) const MAX_SEGMENT: usize = 65_535;
 /// Frames in each direction before other devices get their turn.
 const BUDGET: usize = 256;
 
-/// What there is between activation and reset.
+/// What there is of a pair of queues between activation and reset.
 #[derive(Debug)]
 pub(super) struct Active {
     pub(super) rx: DeviceQueue,
@@ -54,8 +54,25 @@ impl Active {
         }
     }
 
+    /// Whether the driver has enabled both queues.
+    pub(super) fn ready(&self) -> bool {
+        self.rx.ready() && self.tx.ready()
+    }
+
+    /// Looks for frames in both directions, whatever was known of them.
+    pub(super) fn begin(&mut self) {
+        (self.readable, self.writable, self.tx_filled) = (true, true, true);
+    }
+
+    /// Moves frames in both directions; whether there is more to do at once.
+    pub(super) fn serve(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+        self.transmit(tap)?;
+        let done = self.receive(tap)?;
+        Ok(!done || (self.tx_filled && self.writable))
+    }
+
     /// Sends the guest's frames; `false` if the budget ran out first.
-    pub(super) fn transmit(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+    fn transmit(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
         let memory = self.tx.memory().clone();
         let mut budget = BUDGET;
         while self.tx_filled && self.writable && budget > 0 {
@@ -88,7 +105,7 @@ impl Active {
     }
 
     /// Receives frames from the tap; `false` if the budget ran out first.
-    pub(super) fn receive(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
+    fn receive(&mut self, tap: &Tap) -> Result<bool, DeviceError> {
         let mut budget = BUDGET;
         // Without room all stays as it is until the driver kicks.
         while self.readable && budget > 0 && self.make_room()? {

@@ -1,4 +1,4 @@
-//! A network device whose rings the kernel serves, between activation and reset.
+//! Pairs of rings that the kernel serves, between activation and reset.
 
 #[cfg(test)]
 mod tests;
@@ -11,74 +11,48 @@ use virtio_queue::{Error, Queue, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{ERRORS, Net, NetError, SlotError};
+use super::device::{Net, NetError, SlotError};
 use super::tap::Tap;
 use super::vhost::Vhost;
+use super::watch::ERRORS;
 use crate::memory::GuestMemory;
 use crate::virtio::queue::DeviceQueueState;
-use crate::virtio::{Activation, DeviceError, Interrupt};
+use crate::virtio::{DeviceError, Interrupt};
 
-/// The rings, of which this process only remembers where they are.
+/// The rings of a pair, of which this process only remembers where they are.
 #[derive(Debug)]
 pub struct KernelRings {
     /// Their indices are true while they stand still.
-    queues: Vec<Queue>,
+    queues: [Queue; 2],
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
+    features: u64,
+    /// The kernel knows of them.
+    told: bool,
     running: bool,
 }
 
 impl KernelRings {
-    /// Hands the rings of an activation to the kernel. The driver kicks it by `kicks`, in the order of the rings.
-    ///
-    /// # Errors
-    /// A ring is off or not in memory, or the kernel refuses; no ring runs then.
-    pub fn start(
-        vhost: &Vhost,
-        tap: &Tap,
-        kicks: &[EventFd],
-        activation: Activation,
-    ) -> Result<Self, DeviceError> {
-        let Activation {
-            memory,
+    /// Rings of an activation, which stand still.
+    pub fn new(queues: [Queue; 2], memory: GuestMemory, interrupt: Arc<Interrupt>, features: u64) -> Self {
+        Self {
             queues,
+            memory,
             interrupt,
             features,
-        } = activation;
-        if queues.len() != kicks.len() {
-            return Err(DeviceError::Protocol("network device needs two queues"));
-        }
-        // The kernel knows nothing of queues that are off.
-        if !queues.iter().all(QueueT::ready) {
-            return Err(DeviceError::Queue(Error::QueueNotReady));
-        }
-        vhost.prepare(features, &memory).map_err(DeviceError::Vhost)?;
-        for (index, (queue, kick)) in (0..).zip(queues.iter().zip(kicks)) {
-            vhost
-                .set_ring(index, queue, &memory, kick, interrupt.event())
-                .map_err(DeviceError::Vhost)?;
-        }
-        interrupt.raised_by_kernel(true);
-        let mut rings = Self {
-            queues,
-            memory,
-            interrupt,
+            told: false,
             running: false,
-        };
-        match rings.resume(vhost, tap, kicks) {
-            Ok(()) => Ok(rings),
-            Err(error) => {
-                rings.stop(vhost);
-                Err(error)
-            }
         }
     }
 
-    /// Lets the rings run; those that do go on.
+    /// Lets the rings run; those that do go on. The driver kicks the kernel by `kicks`, in the order of the rings.
     ///
     /// # Errors
-    /// The kernel refuses; no ring runs then.
-    pub fn resume(&mut self, vhost: &Vhost, tap: &Tap, kicks: &[EventFd]) -> Result<(), DeviceError> {
+    /// A ring is off or not in memory, or the kernel refuses; no ring runs then.
+    pub fn run(&mut self, vhost: &Vhost, tap: &Tap, kicks: &[EventFd]) -> Result<(), DeviceError> {
+        if !self.told {
+            self.tell(vhost, kicks)?;
+        }
         if self.running {
             return Ok(());
         }
@@ -94,6 +68,29 @@ impl KernelRings {
             // the kernel is told already.
             let _ = kick.write(1);
         }
+        Ok(())
+    }
+
+    /// Tells the kernel where the rings are.
+    fn tell(&mut self, vhost: &Vhost, kicks: &[EventFd]) -> Result<(), DeviceError> {
+        if kicks.len() != self.queues.len() {
+            return Err(DeviceError::Protocol("network device needs two queues"));
+        }
+        // The kernel knows nothing of queues that are off.
+        if !self.queues.iter().all(QueueT::ready) {
+            return Err(DeviceError::Queue(Error::QueueNotReady));
+        }
+        vhost.forget_errors();
+        vhost
+            .prepare(self.features, &self.memory)
+            .map_err(DeviceError::Vhost)?;
+        for (index, (queue, kick)) in (0..).zip(self.queues.iter().zip(kicks)) {
+            vhost
+                .set_ring(index, queue, &self.memory, kick, self.interrupt.event())
+                .map_err(DeviceError::Vhost)?;
+        }
+        self.interrupt.raised_by_kernel(true);
+        self.told = true;
         Ok(())
     }
 
@@ -119,7 +116,9 @@ impl KernelRings {
 
     /// Takes the rings back from the kernel for good.
     pub fn stop(self, vhost: &Vhost) {
-        self.halt(vhost);
+        if self.told {
+            self.halt(vhost);
+        }
         self.interrupt.raised_by_kernel(false);
     }
 
@@ -141,38 +140,47 @@ impl KernelRings {
 }
 
 impl Net {
-    /// Has the kernel serve the rings of the interface, by `/dev/vhost-net`, from the driver's next start on.
+    /// Has the kernel serve the rings of the interface, by a `/dev/vhost-net` for each pair, from the driver's next start on.
     ///
     /// # Errors
     /// See [`SlotError`]; the interface is as it was.
-    pub fn serve_by(&mut self, vhost: OwnedFd) -> Result<(), SlotError> {
+    pub fn serve_by(&mut self, vhosts: Vec<OwnedFd>) -> Result<(), SlotError> {
         let slot = self.slot;
-        let vhost = Vhost::new(vhost).map_err(|error| SlotError::Wire(slot, NetError::Vhost(error)))?;
-        self.serve_with(vhost)
+        let vhosts: Result<_, _> = vhosts.into_iter().map(Vhost::new).collect();
+        self.serve_with(vhosts.map_err(|error| SlotError::Wire(slot, NetError::Vhost(error)))?)
     }
 
-    pub(super) fn serve_with(&mut self, vhost: Vhost) -> Result<(), SlotError> {
+    pub(super) fn serve_with(&mut self, mut vhosts: Vec<Vhost>) -> Result<(), SlotError> {
+        let slot = self.slot;
+        let unusable = |error| SlotError::Wire(slot, error);
         if self.wire.is_none() {
-            return Err(SlotError::Empty(self.slot));
+            return Err(SlotError::Empty(slot));
         }
-        let errors = vhost.errors().as_raw_fd();
-        self.poller
-            .ctl(
-                ControlOperation::Add,
-                errors,
-                EpollEvent::new(EventSet::IN, ERRORS),
-            )
-            .map_err(|error| SlotError::Wire(self.slot, NetError::Poller(error)))?;
-        self.vhost = Some(vhost);
+        if vhosts.len() != self.offered() {
+            return Err(unusable(NetError::Servers(vhosts.len(), self.offered())));
+        }
+        // That of the first pair will be needed. Each costs a thread and memory.
+        if let Some(first) = vhosts.first_mut() {
+            first.take().map_err(|error| unusable(NetError::Vhost(error)))?;
+        }
+        for vhost in &vhosts {
+            let errors = vhost.errors().as_raw_fd();
+            let event = EpollEvent::new(EventSet::IN, ERRORS);
+            // Those of devices that are dropped go with them.
+            self.poller
+                .ctl(ControlOperation::Add, errors, event)
+                .map_err(|error| unusable(NetError::Poller(error)))?;
+        }
+        self.vhosts = vhosts;
         // Frames wake the kernel's worker, and not this process.
         self.unwatch();
         Ok(())
     }
 
-    /// Takes the kernel's server from an interface that goes.
+    /// Takes the kernel's servers from an interface that goes.
     pub(super) fn close_kernel(&mut self) {
         self.stop_kernel();
-        if let Some(vhost) = self.vhost.take() {
+        for vhost in self.vhosts.drain(..) {
             let errors = vhost.errors().as_raw_fd();
             let _ = self
                 .poller
@@ -180,19 +188,9 @@ impl Net {
         }
     }
 
-    /// Starts the device on the kernel's server, if the interface has one; else gives the activation back.
-    pub(super) fn start_kernel(&mut self, activation: Activation) -> Result<Option<Activation>, DeviceError> {
-        let (Some(wire), Some(vhost)) = (&self.wire, &self.vhost) else {
-            return Ok(Some(activation));
-        };
-        vhost.forget_errors();
-        self.kernel = Some(KernelRings::start(vhost, &wire.tap, &self.kicks, activation)?);
-        Ok(None)
-    }
-
     /// Takes the rings back from the kernel, if it has them.
     pub(super) fn stop_kernel(&mut self) {
-        if let (Some(rings), Some(vhost)) = (self.kernel.take(), &self.vhost) {
+        for (rings, vhost) in self.kernel.drain(..).zip(&self.vhosts) {
             rings.stop(vhost);
             vhost.forget_errors();
         }
@@ -200,27 +198,30 @@ impl Net {
 
     /// The kernel has found a ring broken.
     pub(super) fn ring_broken(&mut self) {
-        if let Some(vhost) = &self.vhost {
+        for vhost in &self.vhosts {
             vhost.forget_errors();
         }
-        if self.kernel.is_some() {
+        if !self.kernel.is_empty() {
             self.failure = Some(DeviceError::Protocol("the kernel found a ring malformed"));
         }
     }
 
     pub(super) fn pause_kernel(&mut self) -> Result<(), DeviceError> {
-        match (&mut self.kernel, &self.vhost) {
-            (Some(rings), Some(vhost)) => rings.pause(vhost),
-            _ => Ok(()),
-        }
+        let mut pairs = self.kernel.iter_mut().zip(&self.vhosts);
+        pairs.try_for_each(|(rings, vhost)| rings.pause(vhost))
     }
 
     /// Goes on after a pause. A failure stops the device when the event loop has its turn.
     pub(super) fn resume_kernel(&mut self) {
-        if let (Some(rings), Some(wire), Some(vhost)) = (&mut self.kernel, &self.wire, &self.vhost)
-            && let Err(error) = rings.resume(vhost, &wire.tap, &self.kicks)
-        {
-            self.failure = Some(error);
+        let Some(wire) = &self.wire else { return };
+        let pairs = self.kernel.iter_mut().zip(&self.vhosts).zip(&wire.taps);
+        let mut kicks = self.kicks.chunks(2);
+        for ((rings, vhost), tap) in pairs.take(self.on) {
+            if let Err(error) = rings.run(vhost, tap, kicks.next().unwrap_or_default()) {
+                self.failure = Some(error);
+            }
+        }
+        if self.failure.is_some() {
             self.wake();
         }
     }

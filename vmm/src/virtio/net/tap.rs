@@ -1,4 +1,4 @@
-//! The host's end of the wire.
+//! The host's end of the wire, or one queue of it.
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -18,6 +18,11 @@ pub const OFFLOAD_TSO6: u32 = 4;
 mod ioctl {
     nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(b'T', 208, size_of::<u32>()));
     nix::ioctl_write_ptr!(set_header_size, b'T', 216, libc::c_int);
+    nix::ioctl_write_ptr_bad!(
+        set_queue,
+        nix::request_code_write!(b'T', 217, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
 }
 
 /// A descriptor that gives and takes one frame, with its virtio header, in one call.
@@ -27,6 +32,9 @@ pub struct Tap {
     /// A stand-in without the tun driver's ioctls.
     #[cfg(any(test, fuzzing))]
     pub plain: bool,
+    /// What a stand-in was told last.
+    #[cfg(test)]
+    pub attached: std::cell::Cell<Option<bool>>,
 }
 
 /// What came of reading or writing a frame.
@@ -54,6 +62,8 @@ impl Tap {
             fd,
             #[cfg(any(test, fuzzing))]
             plain: cfg!(fuzzing),
+            #[cfg(test)]
+            attached: std::cell::Cell::default(),
         })
     }
 
@@ -72,6 +82,31 @@ impl Tap {
         unsafe { ioctl::set_header_size(fd, &size)? };
         // SAFETY: TUNSETOFFLOAD takes its flags by value.
         unsafe { ioctl::set_offload(fd, offloads as libc::c_int)? };
+        Ok(())
+    }
+
+    /// Puts this queue among those of its interface that the kernel chooses from for a frame, or takes it from them; with
+    /// what waits in it then.
+    ///
+    /// # Errors
+    /// The interface has one queue only, or this one is so already.
+    pub fn set_attached(&self, attached: bool) -> Result<()> {
+        #[cfg(test)]
+        self.attached.set(Some(attached));
+        #[cfg(any(test, fuzzing))]
+        if self.plain {
+            return Ok(());
+        }
+        let flag = if attached {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        // SAFETY: all zero is a valid `ifreq`.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = flag as libc::c_short;
+        // SAFETY: TUNSETQUEUE reads an `ifreq`, which outlives the call.
+        unsafe { ioctl::set_queue(self.fd.as_raw_fd(), &raw const request)? };
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod malformed;
+pub mod pairs;
 mod real_tap;
 
 use std::io::{ErrorKind, Read, Write};
@@ -44,8 +45,8 @@ impl Guest {
         let kind = SockType::SeqPacket;
         let (near, far) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_NONBLOCK).unwrap();
         setsockopt(&near, sockopt::SndBuf, &(1 << 20)).unwrap();
-        let mut net = Net::new(0).unwrap();
-        net.attach(far, MAC, 1500).unwrap();
+        let mut net = Net::new(0, 1).unwrap();
+        net.attach(vec![far], MAC, 1500).unwrap();
         net.tap().unwrap().plain = true;
         let memory = test_queue::memory();
         let mut guest = Self {
@@ -131,7 +132,7 @@ fn the_configuration_space_holds_the_address() {
 #[test]
 fn addresses_and_mtus_are_checked() {
     let null = || -> OwnedFd { std::fs::File::open("/dev/null").unwrap().into() };
-    let attach = |mac, mtu| match Net::new(3).unwrap().attach(null(), mac, mtu) {
+    let attach = |mac, mtu| match Net::new(3, 1).unwrap().attach(vec![null()], mac, mtu) {
         Err(SlotError::Wire(3, error)) => error,
         other => panic!("{other:?}"),
     };
@@ -144,8 +145,8 @@ fn addresses_and_mtus_are_checked() {
 #[test]
 fn what_is_not_a_tap_cannot_be_activated() {
     let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut net = Net::new(0).unwrap();
-    net.attach(near.into(), MAC, 1500).unwrap();
+    let mut net = Net::new(0, 1).unwrap();
+    net.attach(vec![near.into()], MAC, 1500).unwrap();
     let memory = test_queue::memory();
     let queue = TestQueue::new(&memory, 0, 8);
     let activation = test_queue::activation(&memory, &[&queue, &queue], 0);
@@ -154,7 +155,7 @@ fn what_is_not_a_tap_cannot_be_activated() {
 
 #[test]
 fn an_empty_slot_is_no_device() {
-    let mut net = Net::new(1).unwrap();
+    let mut net = Net::new(1, 1).unwrap();
     assert_eq!(net.device_type(), 0);
     let memory = test_queue::memory();
     let mut queue = TestQueue::new(&memory, 0, 8);
@@ -175,7 +176,7 @@ fn a_slot_is_used_again() {
     guest.give(4, 2048);
     let (_near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     assert!(matches!(
-        guest.net.attach(far.into(), MAC, 1500),
+        guest.net.attach(vec![far.into()], MAC, 1500),
         Err(SlotError::Occupied(0))
     ));
     guest.net.detach().unwrap();
@@ -186,7 +187,7 @@ fn a_slot_is_used_again() {
     assert_eq!(guest.rx.take_used(), []);
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     let other = [2, 0, 0, 0, 0, 9];
-    guest.net.attach(far.into(), other, 9000).unwrap();
+    guest.net.attach(vec![far.into()], other, 9000).unwrap();
     assert_eq!(
         (guest.net.device_type(), guest.net.save().wire),
         (1, Some((other, 9000)))

@@ -221,38 +221,49 @@ fn memory_table(regions: &[Region]) -> Vec<u64> {
     std::iter::once(head).chain(words).collect()
 }
 
-/// An open device that is this process's.
+/// An open device. It serves one pair of rings, by a worker of its own.
 #[derive(Debug)]
 pub struct Vhost {
     file: OwnedFd,
     errors: EventFd,
+    /// It is this process's.
+    taken: bool,
     #[cfg(test)]
     fake: Option<fake::Fake>,
 }
 
 impl Vhost {
-    /// Takes a device that nobody owns. The kernel starts a worker for it, which is confined as the calling thread is.
+    /// A device that nobody owns yet.
+    ///
+    /// # Errors
+    /// [`VhostError::EventFd`].
+    pub fn new(file: OwnedFd) -> Result<Self, VhostError> {
+        Ok(Self {
+            file,
+            errors: EventFd::new(EFD_NONBLOCK).map_err(VhostError::EventFd)?,
+            taken: false,
+            #[cfg(test)]
+            fake: None,
+        })
+    }
+
+    /// Takes the device, unless it is taken. The kernel starts a worker for it, which is confined as the calling thread is,
+    /// and keeps some memory.
     ///
     /// # Errors
     /// [`VhostError`]; also what is no such device.
-    pub fn new(file: OwnedFd) -> Result<Self, VhostError> {
-        let vhost = Self {
-            file,
-            errors: EventFd::new(EFD_NONBLOCK).map_err(VhostError::EventFd)?,
-            #[cfg(test)]
-            fake: None,
-        };
-        vhost.take()?;
-        Ok(vhost)
-    }
-
-    fn take(&self) -> Result<(), VhostError> {
+    pub fn take(&mut self) -> Result<(), VhostError> {
+        if self.taken {
+            return Ok(());
+        }
         // An owner comes before everything else.
         self.perform(&Operation::SetOwner)?;
         match FEATURES & !self.perform(&Operation::GetFeatures)? {
-            0 => Ok(()),
-            lacking => Err(VhostError::Features(lacking)),
+            0 => self.taken = true,
+            // The kernel does not give it a second time.
+            lacking => return Err(VhostError::Features(lacking)),
         }
+        Ok(())
     }
 
     /// Readable when a ring was found broken.

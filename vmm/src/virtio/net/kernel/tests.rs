@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+mod pairs;
+
 use std::io::{Read, Write};
 use std::os::fd::{BorrowedFd, RawFd};
 
@@ -15,7 +17,7 @@ use crate::virtio::net::vhost::fake::Fake;
 use crate::virtio::net::vhost::{Operation, RingAddress, RingFile, RingState};
 use crate::virtio::queue::RING_FEATURES;
 use crate::virtio::test_queue::{self, BUFFERS, GAP, LOW, TestQueue};
-use crate::virtio::{DeviceState, Turn, VirtioDevice};
+use crate::virtio::{Activation, DeviceState, Turn, VirtioDevice};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const SIZE: u16 = 64;
@@ -44,17 +46,17 @@ impl Guest {
         )
         .unwrap();
         let tap = far.as_raw_fd();
-        let mut net = Net::new(0).unwrap();
+        let mut net = Net::new(0, 1).unwrap();
         let kicks: Vec<EventFd> = (0..2)
             .map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap())
             .collect();
         assert!(net.owns_queue_events());
         net.set_queue_events(kicks.iter().map(|kick| kick.try_clone().unwrap()).collect());
-        net.attach(far, MAC, 1500).unwrap();
+        net.attach(vec![far], MAC, 1500).unwrap();
         net.tap().unwrap().plain = true;
         let fake = Fake::default();
         if kernel {
-            net.serve_with(fake.device().unwrap()).unwrap();
+            net.serve_with(vec![fake.device()]).unwrap();
             fake.take_operations();
         }
         let memory = test_queue::memory();
@@ -121,7 +123,7 @@ impl Guest {
 
     fn take_error(&self) {
         // As the kernel does: it has the eventfd by its number.
-        let vhost = self.net.vhost.as_ref().unwrap();
+        let vhost = &self.net.vhosts[0];
         nix::unistd::write(vhost.errors(), &1_u64.to_ne_bytes()).unwrap();
     }
 }
@@ -160,7 +162,7 @@ fn the_kernel_is_told_where_rings_and_memory_are() {
         regions,
         [(0, LOW, guest.host(0), 0), (2 * LOW, LOW, guest.host(2 * LOW), 0)]
     );
-    let errors = guest.net.vhost.as_ref().unwrap().errors().as_raw_fd();
+    let errors = guest.net.vhosts[0].errors().as_raw_fd();
     for (index, queue) in (0..).zip(&guest.queues) {
         let state = |number| RingState { index, number };
         let file = |fd| RingFile { index, fd };
@@ -334,7 +336,7 @@ fn a_detached_wire_is_let_go() {
     assert_eq!(guest.fake.take_operations(), HALTED);
     assert_eq!((guest.net.device_type(), guest.interrupt.status()), (0, 0));
     assert!(guest.wire.write(&[0; 100]).is_err());
-    assert!(guest.net.vhost.is_none());
+    assert!(guest.net.vhosts.is_empty());
     // The slot's next wire has no server.
     let (near, far) = socketpair(
         AddressFamily::Unix,
@@ -343,7 +345,7 @@ fn a_detached_wire_is_let_go() {
         SockFlag::SOCK_NONBLOCK,
     )
     .unwrap();
-    guest.net.attach(far, MAC, 1500).unwrap();
+    guest.net.attach(vec![far], MAC, 1500).unwrap();
     guest.net.tap().unwrap().plain = true;
     guest.wire = near.into();
     guest.start().unwrap();
@@ -355,13 +357,13 @@ fn a_detached_wire_is_let_go() {
 
 #[test]
 fn a_server_needs_a_wire_and_a_device() {
-    let mut empty = Net::new(2).unwrap();
-    let vhost = Fake::default().device().unwrap();
+    let mut empty = Net::new(2, 1).unwrap();
+    let vhost = vec![Fake::default().device()];
     assert!(matches!(empty.serve_with(vhost), Err(SlotError::Empty(2))));
     let mut guest = Guest::new(false);
     let null = std::fs::File::open("/dev/null").unwrap();
     assert!(matches!(
-        guest.net.serve_by(null.into()),
+        guest.net.serve_by(vec![null.into()]),
         Err(SlotError::Wire(0, NetError::Vhost(_)))
     ));
 }

@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use nix::sched::{CloneFlags, unshare};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4};
 
+use super::pairs::Pairs;
 use super::*;
+use crate::virtio::net::tap::Tap;
 
 const NAME: &[u8; 5] = b"vtap0";
 const ETH_P_ALL: u16 = 3;
@@ -16,6 +18,7 @@ const GSO_TCPV4: u8 = 1;
 
 mod ioctl {
     nix::ioctl_write_ptr!(set_interface, b'T', 202, libc::c_int);
+    nix::ioctl_read!(get_interface, b'T', 210, libc::c_uint);
     nix::ioctl_read!(header_size, b'T', 215, libc::c_int);
     nix::ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, libc::ifreq);
     nix::ioctl_readwrite_bad!(index, libc::SIOCGIFINDEX, libc::ifreq);
@@ -30,19 +33,39 @@ fn request() -> libc::ifreq {
     request
 }
 
-/// A tap that is up, and a packet socket that sees and sends what is on it.
-fn tap() -> (File, File) {
-    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+/// A queue of the tap.
+fn queue(flags: libc::c_int) -> File {
     let tap = OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/net/tun")
         .unwrap();
     let mut interface = request();
-    interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+    interface.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags) as i16;
     // SAFETY: the request outlives the call; TUNSETIFF is declared with an int but takes an `ifreq`.
     unsafe { ioctl::set_interface(tap.as_raw_fd(), (&raw const interface).cast()) }.unwrap();
+    tap
+}
 
+/// Whether a queue is one of those the kernel chooses from.
+fn is_attached(tap: &File) -> bool {
+    let mut interface = request();
+    // SAFETY: the kernel fills the request, which outlives the call.
+    unsafe { ioctl::get_interface(tap.as_raw_fd(), (&raw mut interface).cast()) }.unwrap();
+    // SAFETY: the kernel has set the flags.
+    let flags = unsafe { interface.ifr_ifru.ifru_flags };
+    i32::from(flags) & libc::IFF_DETACH_QUEUE == 0
+}
+
+/// A tap of one queue that is up, and a packet socket that sees and sends what is on it.
+fn tap() -> (File, File) {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let tap = queue(0);
+    (tap, packets())
+}
+
+/// Brings the tap up; a packet socket that sees and sends what is on it.
+fn packets() -> File {
     let protocol = i32::from(ETH_P_ALL.to_be());
     // SAFETY: plain system call; the descriptor is new and gets one owner.
     let socket = unsafe {
@@ -69,7 +92,7 @@ fn tap() -> (File, File) {
         let result = libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size);
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
     }
-    (tap, socket)
+    socket
 }
 
 /// An Ethernet frame of a local experimental protocol.
@@ -102,8 +125,8 @@ fn frames_and_segments_pass_a_real_tap() {
     let handle = tap.try_clone().unwrap();
     let features = LARGE | RING_FEATURES | 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
     let memory = test_queue::memory();
-    let mut net = Net::new(0).unwrap();
-    net.attach(tap.into(), MAC, 1500).unwrap();
+    let mut net = Net::new(0, 1).unwrap();
+    net.attach(vec![tap.into()], MAC, 1500).unwrap();
     let mut guest = Guest {
         rx: TestQueue::new(&memory, 0, 256),
         tx: TestQueue::new(&memory, 1, 256),
@@ -172,4 +195,87 @@ fn frames_and_segments_pass_a_real_tap() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     panic!("frame is lost");
+}
+
+/// A datagram of a flow of its own.
+fn datagram(flow: u16) -> Vec<u8> {
+    let mut frame = ethernet(14 + 20 + 8);
+    frame[12..14].copy_from_slice(&[8, 0]);
+    let ip = [
+        0x45, 0, 0, 28, 0, 0, 0x40, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2,
+    ];
+    frame[14..34].copy_from_slice(&ip);
+    frame[34..36].copy_from_slice(&flow.to_be_bytes());
+    frame[36..42].copy_from_slice(&[0, 7, 0, 8, 0, 0]);
+    frame
+}
+
+/// Sends datagrams of many flows to the guest; how many came by each pair.
+fn received(guest: &mut Pairs, socket: &mut File) -> [usize; 2] {
+    const FLOWS: u16 = 32;
+    for flow in 0..FLOWS {
+        socket.write_all(&datagram(5000 + flow)).unwrap();
+    }
+    let mut counts = [0; 2];
+    for _ in 0..1000 {
+        guest.run();
+        for (pair, count) in counts.iter_mut().enumerate() {
+            // The kernel sends some of its own, which are longer.
+            let used = guest.queues[2 * pair].take_used();
+            *count += used.iter().filter(|(_, len)| *len == 12 + 42).count();
+        }
+        if counts.iter().sum::<usize>() == usize::from(FLOWS) {
+            return counts;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("{counts:?} of {FLOWS}");
+}
+
+#[test]
+#[ignore = "needs root and /dev/net/tun"]
+fn a_queue_of_a_real_tap_gets_frames_while_its_pair_is_on() {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let queues = [(); 2].map(|()| queue(libc::IFF_MULTI_QUEUE));
+    Tap::new(queues[1].try_clone().unwrap().into())
+        .unwrap()
+        .set_attached(false)
+        .unwrap();
+    let mut socket = packets();
+    let mut net = Net::new(0, 2).unwrap();
+    let taps = queues.iter().map(|queue| queue.try_clone().unwrap().into());
+    net.attach(taps.collect(), MAC, 1500).unwrap();
+    let mut guest = Pairs::on(net);
+    let attached = || [0, 1].map(|index: usize| is_attached(&queues[index]));
+    for _ in 0..2 {
+        guest.start(pairs::PAIRS).unwrap();
+        for pair in 0..2 {
+            guest.give(pair, 60);
+        }
+        assert_eq!(attached(), [true, false]);
+        assert_eq!(received(&mut guest, &mut socket), [32, 0]);
+
+        assert_eq!(guest.command(&pairs::set_pairs(2)), Some(0));
+        assert_eq!(attached(), [true, true]);
+        let [first, second] = received(&mut guest, &mut socket);
+        assert!(first > 0 && second > 0, "{first} {second}");
+        let mut plain = vec![0; 12];
+        plain.extend(ethernet(100));
+        guest.send(1, &plain);
+        guest.run();
+        while next_frame(&mut socket) != ethernet(100) {}
+
+        // Off, and on again until the reset.
+        assert_eq!(guest.command(&pairs::set_pairs(1)), Some(0));
+        assert_eq!(attached(), [true, false]);
+        for pair in 0..2 {
+            guest.give(pair, 60);
+        }
+        assert_eq!(received(&mut guest, &mut socket), [32, 0]);
+        assert_eq!(guest.command(&pairs::set_pairs(2)), Some(0));
+        guest.net.reset();
+        assert_eq!(attached(), [true, false]);
+        let fresh = Pairs::on(guest.net);
+        guest = fresh;
+    }
 }

@@ -26,15 +26,14 @@ impl Fake {
         fake
     }
 
-    /// The device it stands in for.
-    pub fn device(&self) -> Result<Vhost, VhostError> {
-        let vhost = Vhost {
+    /// The device it stands in for, which nobody owns yet.
+    pub fn device(&self) -> Vhost {
+        Vhost {
             file: std::fs::File::open("/dev/null").unwrap().into(),
             errors: EventFd::new(EFD_NONBLOCK).unwrap(),
+            taken: false,
             fake: Some(self.clone()),
-        };
-        vhost.take()?;
-        Ok(vhost)
+        }
     }
 
     /// The operations since the last time.

@@ -77,7 +77,7 @@ fn operations_have_the_kernels_numbers() {
 fn what_is_no_such_device_is_refused() {
     let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     for file in [File::open("/dev/null").unwrap().into(), stream.into()] {
-        let error = Vhost::new(file).unwrap_err();
+        let error = Vhost::new(file).unwrap().take().unwrap_err();
         assert_eq!(error.to_string(), "vhost-net cannot start its worker");
         let VhostError::Refused { source, .. } = error else {
             panic!("{error:?}");
@@ -89,17 +89,20 @@ fn what_is_no_such_device_is_refused() {
 #[test]
 fn a_device_is_taken_when_it_has_what_is_needed() {
     let fake = fake::Fake::default();
-    fake.device().unwrap();
+    let mut vhost = fake.device();
+    assert_eq!(fake.take_operations(), []);
+    vhost.take().unwrap();
+    vhost.take().unwrap();
     assert_eq!(
         fake.take_operations(),
         [Operation::SetOwner, Operation::GetFeatures]
     );
     let merging = 1 << VIRTIO_NET_F_MRG_RXBUF;
     let fake = fake::Fake::without(merging);
-    let error = fake.device().unwrap_err();
+    let error = fake.device().take().unwrap_err();
     assert!(
         matches!(error, VhostError::Features(lacking) if lacking == merging),
         "{error:?}"
     );
-    fake::Fake::without(!FEATURES).device().unwrap();
+    fake::Fake::without(!FEATURES).device().take().unwrap();
 }
