@@ -89,6 +89,14 @@ pub enum SnapshotError {
         /// Why.
         reason: String,
     },
+    /// A container has changed too much to go on.
+    #[error("Container {id} cannot go on from the snapshot: {reason}")]
+    Unfit {
+        /// Its name in the snapshot.
+        id: String,
+        /// Why.
+        reason: String,
+    },
     /// A container that the snapshot does not have.
     #[error("The snapshot has no container {name}; it has {}", .known.join(", "))]
     Unknown {
@@ -120,6 +128,7 @@ impl SnapshotError {
             | Self::Version { .. }
             | Self::Changed { .. }
             | Self::Container { .. }
+            | Self::Unfit { .. }
             | Self::Gone(_) => Kind::FailedPrecondition,
             Self::File(_) | Self::Manifest(..) | Self::Image(_) | Self::Copy(..) | Self::Expired => {
                 Kind::Internal

@@ -321,3 +321,66 @@ pub(super) fn saved_kind(kind: &VolumeKind) -> SavedVolumeKind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn layers(upper: Option<DiskPlan>) -> Made {
+        Made {
+            name: None,
+            terminal: false,
+            streams: [false; 3],
+            root: RootPlan::Layers {
+                lower: vec!["/top".into(), "/base".into()],
+                upper,
+            },
+            volumes: Vec::new(),
+            block_device: None,
+        }
+    }
+
+    fn disk(read_only: bool) -> DiskPlan {
+        DiskPlan {
+            source: "/disk".into(),
+            kind: "ext4".into(),
+            options: Vec::new(),
+            read_only,
+        }
+    }
+
+    #[test]
+    fn of_layers_only_the_disk_above_them_is_copied() {
+        let save = |upper, slots: &[u32]| {
+            let mut copies = Vec::new();
+            let root = saved_root(&layers(upper), slots, 7, |from, to| copies.push((from, to)));
+            let SavedRoot::Layers { lower, slot, upper } = root? else {
+                panic!("no layers")
+            };
+            assert_eq!(lower, [PathBuf::from("/top"), PathBuf::from("/base")]);
+            Ok::<_, String>((slot, upper, copies))
+        };
+        let at = |slot, copy: Option<&str>| SavedDisk {
+            slot,
+            copy: copy.map(PathBuf::from),
+        };
+        let (slot, upper, copies) = save(Some(disk(false)), &[1, 0]).unwrap();
+        assert_eq!((slot, upper), (1, Some(at(0, Some("7.disk")))));
+        let [(Source::Disk(from), to)] = copies.as_slice() else {
+            panic!("{copies:?}")
+        };
+        assert_eq!(
+            (from.as_path(), to.as_path()),
+            ("/disk".as_ref(), "7.disk".as_ref())
+        );
+
+        let (slot, upper, copies) = save(Some(disk(true)), &[0, 1]).unwrap();
+        assert_eq!((slot, upper, copies.len()), (0, Some(at(1, None)), 0));
+        // What is in guest memory needs no copy.
+        let (slot, upper, copies) = save(None, &[1]).unwrap();
+        assert_eq!((slot, upper, copies.len()), (1, None, 0));
+        assert!(save(None, &[]).is_err() && save(Some(disk(false)), &[0]).is_err());
+    }
+}

@@ -300,12 +300,13 @@ impl Sandbox {
                 match (upper, upper_now) {
                     (Some(disk), Some(now)) => copy_disk_back(restore, saved, disk, now).await?,
                     (None, None) => {}
-                    _ => {
-                        return Err(refuse(
-                            saved,
-                            "its writable layer is on another kind of disk".to_owned(),
-                        )
-                        .into());
+                    (then, _) => {
+                        let [was, is] = match then {
+                            Some(_) => ["on a disk", "in memory"],
+                            None => ["in memory", "on a disk"],
+                        };
+                        let reason = format!("its writable layer was {was} and would be {is}");
+                        return Err(refuse(saved, reason).into());
                     }
                 }
             }
@@ -412,7 +413,7 @@ async fn go_on(guest: &Guest, guest_id: &str) -> Result<(), Error> {
 }
 
 fn refuse(saved: &SavedContainer, reason: String) -> SnapshotError {
-    SnapshotError::Container {
+    SnapshotError::Unfit {
         id: saved.name().to_owned(),
         reason,
     }

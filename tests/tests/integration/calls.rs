@@ -1,6 +1,7 @@
 //! Calls of the task service that `ctr` has no verb for, straight to the shim.
 
 use std::fs;
+use std::path::Path;
 
 use bulkhead_tests::image::PROBE_IMAGE;
 use bulkhead_tests::{Fixture, config};
@@ -61,6 +62,16 @@ impl Shim {
             &self.client,
             with_duration(std::time::Duration::from_nanos(limit.unsigned_abs())),
         ))
+    }
+
+    /// Saves the pod in a directory.
+    pub fn checkpoint(&self, directory: &Path) -> Answer<api::Empty> {
+        let request = api::CheckpointTaskRequest {
+            id: self.id.clone(),
+            path: directory.display().to_string(),
+            ..api::CheckpointTaskRequest::default()
+        };
+        self.call(async |client, context| client.checkpoint(context, &request).await)
     }
 
     pub fn update(&self, id: &str, resources: Value) -> Answer<()> {
@@ -181,14 +192,7 @@ fn every_call_answers_and_says_what_it_does_not_know() {
     shim.call(async |client, context| client.resize_pty(context, &resize).await)
         .unwrap();
 
-    let checkpoint = api::CheckpointTaskRequest {
-        id: id.clone(),
-        path: "relative".to_owned(),
-        ..api::CheckpointTaskRequest::default()
-    };
-    let (code, message) = shim
-        .call(async |client, context| client.checkpoint(context, &checkpoint).await)
-        .unwrap_err();
+    let (code, message) = shim.checkpoint(Path::new("relative")).unwrap_err();
     assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
 
     let stats = api::StatsRequest {

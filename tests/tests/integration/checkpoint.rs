@@ -47,12 +47,7 @@ impl Store {
     }
 
     pub fn save(&self, id: &str, name: &str) -> Answer<api::Empty> {
-        let request = api::CheckpointTaskRequest {
-            id: id.to_owned(),
-            path: self.snapshots.join(name).display().to_string(),
-            ..api::CheckpointTaskRequest::default()
-        };
-        Shim::of(&self.test, id).call(async |client, context| client.checkpoint(context, &request).await)
+        Shim::of(&self.test, id).checkpoint(&self.snapshots.join(name))
     }
 
     pub fn exec(&self, id: &str, line: &str) -> String {

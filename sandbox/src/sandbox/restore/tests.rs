@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::snapshot::{Machine, Making, Manifest, Origin};
+use crate::storage::Part;
 use crate::template::Identity;
 
 fn restore(test: &str, names: &[Option<&str>]) -> Restore {
@@ -92,4 +93,56 @@ fn a_container_alone_takes_the_only_place_whatever_it_is_called() {
     let alone = restore("alone", &[None]);
     assert_eq!(alone.take("anything", None).unwrap(), 0);
     assert!(restore("empty", &[]).is_complete());
+}
+
+fn prepared(parts: usize, read_only: bool) -> PreparedDisk {
+    let part = Part {
+        offset: 0,
+        length: 0,
+        kind: String::new(),
+        options: Vec::new(),
+    };
+    PreparedDisk {
+        files: Vec::new(),
+        read_only,
+        parts: vec![part; parts],
+    }
+}
+
+#[test]
+fn layers_and_what_is_above_them_come_back_to_their_slots() {
+    let restore = restore("layers", &[None]);
+    let mut saved = restore.containers()[0].clone();
+    let layers = |upper: Option<u32>| SavedRoot::Layers {
+        lower: vec!["/top".into(), "/base".into()],
+        slot: 3,
+        upper: upper.map(|slot| SavedDisk {
+            slot,
+            copy: Some("0.disk".into()),
+        }),
+    };
+    let places = |saved: &SavedContainer, root| {
+        let disks = disks(saved, root)?.into_iter();
+        Ok::<_, Error>(
+            disks
+                .map(|(slot, disk)| (slot, disk.parts.len(), disk.read_only))
+                .collect::<Vec<_>>(),
+        )
+    };
+    let again = |upper| PreparedRoot::Layers {
+        lower: prepared(2, true),
+        upper,
+    };
+    // The writable disk had the lower slot: another container has left it free.
+    saved.root = layers(Some(1));
+    let found = places(&saved, again(Some(prepared(1, false)))).unwrap();
+    assert_eq!(found, [(3, 2, true), (1, 1, false)]);
+    saved.root = layers(None);
+    assert_eq!(places(&saved, again(None)).unwrap(), [(3, 2, true)]);
+    let refused = places(&saved, PreparedRoot::Disk(prepared(1, false))).unwrap_err();
+    assert!(
+        chain(&refused).contains("cannot go on from the snapshot"),
+        "{}",
+        chain(&refused)
+    );
 }
