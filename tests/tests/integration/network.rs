@@ -245,6 +245,11 @@ fn a_namespace_serves_one_machine_and_is_released_when_the_shim_is_killed() {
     kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
     let gone = wait_until(config().seconds(10), || test.task(&id).is_none());
     assert!(gone, "{:?}", test.task(&id));
+    // containerd shows no task without a shim, before it has run the shim's delete.
+    let released = || network.host(0, "tc filter show dev eth0 ingress").is_empty();
+    assert!(wait_until(config().seconds(10), released));
+    let alone = || network.host(0, "ip -o link").lines().count() == 2;
+    assert!(wait_until(config().seconds(10), alone));
     test.remove(&id);
     network.remove();
 }
