@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::Part;
 use super::measure::Values;
+use super::{Part, ROUNDS};
 
 /// By how much a ratio may be worse than the recorded one.
 const TOLERANCE: f64 = 1.05;
@@ -92,6 +92,31 @@ impl Row {
         let [ours, theirs] = self.sides(values)?;
         ensure!(theirs.sum() > 0, "{} of {} is nothing", self.what, self.peer);
         Ok(ours.sum() as f64 / theirs.sum() as f64)
+    }
+
+    /// The greatest ratio that [`ROUNDS`] rounds in a row gave, of as many as there were: the least of nine is one that
+    /// three rarely come to.
+    ///
+    /// # Errors
+    /// As [`ratio`](Self::ratio).
+    pub fn ratio_to_expect(&self, values: &Values) -> Result<f64> {
+        let names = self.ours.iter().chain(&self.theirs);
+        let measured: Vec<_> = names.filter_map(|name| values.get_key_value(name)).collect();
+        let rounds = measured.iter().map(|(_, all)| all.len()).max().unwrap_or(0);
+        let few = ROUNDS as usize;
+        if self.take != Take::Least || rounds <= few {
+            return self.ratio(values);
+        }
+        let mut greatest: f64 = 0.0;
+        for first in (0..=rounds - few).step_by(few) {
+            let some = measured.iter().map(|(name, all)| {
+                // What is measured once is the same in all rounds.
+                let part = all.get(first..first + few).unwrap_or(all);
+                ((*name).clone(), part.to_vec())
+            });
+            greatest = greatest.max(self.ratio(&some.collect())?);
+        }
+        Ok(greatest)
     }
 }
 
@@ -308,7 +333,7 @@ impl Ratios {
     pub fn record(&self, path: &Path, rows: &Rows, parts: &[Part], values: &Values) -> Result<()> {
         let mut ratios = self.0.clone();
         for row in rows.of(parts) {
-            let ratio = (row.ratio(values)? * 1000.0).round() / 1000.0;
+            let ratio = (row.ratio_to_expect(values)? * 1000.0).round() / 1000.0;
             ratios.insert(row.id.clone(), ratio);
         }
         ratios.retain(|id, _| rows.rows.iter().any(|row| row.id == *id));
@@ -431,6 +456,28 @@ mod tests {
             (Some(0.333), Some(2.0), 2)
         );
         fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn of_many_rounds_the_worst_three_in_a_row_are_recorded() {
+        let values = |ours: &[u64], theirs: &[u64]| {
+            Values::from([("a".to_owned(), ours.to_vec()), ("b".to_owned(), theirs.to_vec())])
+        };
+        let expect = |ours: &[u64], theirs: &[u64], take| {
+            row("x", take).ratio_to_expect(&values(ours, theirs)).unwrap()
+        };
+        let nine = [50, 60, 70, 65, 62, 61, 80, 55, 90];
+        assert_eq!(expect(&nine, &[100; 9], Take::Least), 0.61);
+        assert_eq!(expect(&nine[..3], &[100; 3], Take::Least), 0.5);
+        // Three that are not whole are left out, and what is measured once counts in all.
+        assert_eq!(expect(&nine[..5], &[100; 5], Take::Least), 0.5);
+        assert_eq!(expect(&nine, &[100], Take::Least), 0.61);
+        assert_eq!(expect(&nine, &[100; 9], Take::Worst), 0.9);
+        assert!(
+            row("x", Take::Least)
+                .ratio_to_expect(&values(&nine, &[]))
+                .is_err()
+        );
     }
 
     #[test]
