@@ -110,7 +110,10 @@ impl Sandbox {
         let Some(files) = making.take_files() else {
             return Ok(());
         };
-        agent.prepare(&PrepareRequest::default()).await?;
+        if let Err(error) = agent.prepare(&PrepareRequest::default()).await {
+            log::warn!("sandbox {} leaves no template: {}", self.0.id, chain(&error));
+            return Ok(());
+        }
         match vm.ask(Request::Pause, Vec::new()).await {
             // It cannot be stopped now, and runs on.
             Err(error @ VmError::Refused { .. }) => {
