@@ -121,7 +121,8 @@ fn a_container_goes_on_from_its_snapshot_and_so_do_its_forks() {
 #[test]
 fn containerds_client_saves_a_container_and_ends_it() {
     let store = Store::new("checkpoint-ctr");
-    let source = store.run("source", None, &["sh", "-c", COUNT]);
+    // The client reads the container's file system after its end, when another one would remove it.
+    let source = store.run("source", None, &["sh", "-c", COUNT]).keep();
     let aloud = source.start_for(120);
     aloud.wait_for("tick 5");
     let before = store.count(&source.id);
@@ -137,6 +138,7 @@ fn containerds_client_saves_a_container_and_ends_it() {
     ];
     let _ = store.test.ctr(&command).text();
     let _ = aloud.finish().expect_code(137);
+    store.test.remove(&source.id);
     let clone = store.run("clone", Some("one"), &["ignored"]).detach();
     let at = store.count(&clone);
     assert!(at >= before, "{at}, the source was at {before}");
