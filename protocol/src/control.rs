@@ -36,6 +36,10 @@ pub fn queue_pairs(max_vcpus: u8) -> u8 {
     max_vcpus.clamp(1, MAX_QUEUE_PAIRS)
 }
 
+/// Holes of a memory file that are shorter, in bytes, are mapped with the data around them: a mapping costs as much as the
+/// zeroes of some pages.
+pub const SHORT_HOLE: u64 = 64 << 10;
+
 /// Index of a descriptor among those attached to the same message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]

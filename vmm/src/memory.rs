@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::{io, ptr};
 
+use bulkhead_protocol::control::SHORT_HOLE;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
@@ -18,10 +19,6 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 /// Length of persistent memory the kernel maps is a multiple of this (bytes): one sub-section of its
 /// memory map.
 pub const PERSISTENT_ALIGNMENT: u64 = 2 << 20;
-
-/// A hole in a memory file that is shorter, in bytes, is mapped with what is around it: a mapping costs as much as the
-/// zeroes of some pages.
-const SHORT_HOLE: u64 = 64 << 10;
 
 /// Most parts of a memory file that are mapped: a process may have 65,530 mappings (`vm.max_map_count`), and where data lies
 /// is up to the guest.

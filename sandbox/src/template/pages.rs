@@ -7,17 +7,12 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
+use bulkhead_protocol::control::SHORT_HOLE;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 /// Bytes of a large page, and how files and addresses are aligned to be mapped in them.
 const LARGE: u64 = 2 << 20;
-
-/// Holes of a memory file that are shorter, in bytes, are mapped with the data around them (the VMM's `memory::data`).
-const SHORT_HOLE: u64 = 64 << 10;
-
-/// Advice 25: make this range one of large pages, now.
-const MADV_COLLAPSE: libc::c_int = 25;
 
 /// Why a file is not in large pages.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +100,7 @@ pub fn enlarge(file: &File, pages: &[u64]) -> Result<(), PagesError> {
             libc::mmap(
                 place as *mut libc::c_void,
                 LARGE as usize,
-                libc::PROT_READ | libc::PROT_EXEC,
+                libc::PROT_READ,
                 flags,
                 file.as_raw_fd(),
                 offset,
@@ -115,7 +110,7 @@ pub fn enlarge(file: &File, pages: &[u64]) -> Result<(), PagesError> {
             return Err(PagesError::Map(io::Error::last_os_error()));
         }
         // SAFETY: exactly the mapping just made; its content does not change.
-        if unsafe { libc::madvise(mapped, LARGE as usize, MADV_COLLAPSE) } != 0 {
+        if unsafe { libc::madvise(mapped, LARGE as usize, libc::MADV_COLLAPSE) } != 0 {
             return Err(PagesError::Collapse(io::Error::last_os_error()));
         }
     }
